@@ -12,3 +12,4 @@
 //! `lapin` lives in [`broker`] alone, `reqwest` in [`elevenlabs`], `backoff` in [`retry`], the
 //! environment in [`config`]. Adapters never import each other: [`app`] wires them.
 
+pub mod domain;

@@ -1,0 +1,338 @@
+//! Turns a message's bytes and properties into a [`Command`], or says everything that is wrong with it.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use super::validation::{self, Rejection};
+
+/// The dynamic variable by which the batch of a command can be recognised at the vendor.
+pub const COMMAND_ID_VARIABLE: &str = "call_manager_command_id";
+
+/// The largest body that is read, in bytes: 10,000 recipients with 1.5 KB of variables each.
+pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
+
+/// Seconds from here on lie in the year 5138: such a number can only be milliseconds.
+const FIRST_MILLISECONDS: f64 = 1e11;
+
+/// What a command asks for. Each has a routing key and a queue of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CommandKind {
+    /// Create a batch.
+    Submit,
+    /// Stop a batch.
+    Cancel,
+    /// Read a batch.
+    Get,
+}
+
+impl CommandKind {
+    /// Every kind, in the order in which a worker starts to consume them.
+    pub const ALL: [Self; 3] = [Self::Cancel, Self::Get, Self::Submit];
+
+    /// The name used in queue names, routing keys, logs and the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Submit => "submit",
+            Self::Cancel => "cancel",
+            Self::Get => "get",
+        }
+    }
+
+    /// The routing key on the commands exchange.
+    pub fn routing_key(self) -> String {
+        format!("batch-calling.{}", self.name())
+    }
+
+    fn of_routing_key(routing_key: &str) -> Option<Self> {
+        let name = routing_key.strip_prefix("batch-calling.")?;
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+impl fmt::Display for CommandKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One message as it came from a command queue, still unchecked.
+#[derive(Clone, PartialEq)]
+pub struct CommandMessage {
+    /// The command whose queue the message lay in.
+    pub queue: CommandKind,
+    /// `None` where the message was published straight to the queue (default exchange).
+    pub routing_key: Option<String>,
+    /// AMQP `message_id`; an empty one counts as absent.
+    pub message_id: Option<String>,
+    /// AMQP `correlation_id`; an empty one counts as absent.
+    pub correlation_id: Option<String>,
+    /// AMQP `content_type`.
+    pub content_type: Option<String>,
+    /// AMQP `content_encoding`.
+    pub content_encoding: Option<String>,
+    /// W3C trace context to copy to the result.
+    pub traceparent: Option<String>,
+    /// W3C trace state to copy to the result.
+    pub tracestate: Option<String>,
+    /// The queue that gets a copy of the result.
+    pub reply_to: Option<String>,
+    /// The request body.
+    pub body: Vec<u8>,
+}
+
+impl fmt::Debug for CommandMessage {
+    // Bodies carry phone numbers: they are counted, never shown.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CommandMessage")
+            .field("queue", &self.queue)
+            .field("message_id", &self.message_id)
+            .field("body_bytes", &self.body.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl CommandMessage {
+    /// The id the producer gave the command: `message_id`, else `correlation_id`.
+    pub fn producer_id(&self) -> Option<&str> {
+        self.message_id
+            .as_deref()
+            .or(self.correlation_id.as_deref())
+    }
+
+    /// The command that the routing key names; the queue's own where it names none.
+    pub fn kind(&self) -> CommandKind {
+        self.routing_key
+            .as_deref()
+            .and_then(CommandKind::of_routing_key)
+            .unwrap_or(self.queue)
+    }
+
+    /// Reads the command. Parsing 10,000 recipients takes some 20 ms: call it off the reactor for
+    /// large bodies.
+    pub fn parse(&self) -> Result<Command, Rejection> {
+        if let Some(key) = &self.routing_key
+            && CommandKind::of_routing_key(key).is_none()
+        {
+            return Err(Rejection::of(format!(
+                "the routing key \"{}\" names no command; use batch-calling.submit, \
+                 batch-calling.cancel or batch-calling.get",
+                validation::excerpt(key)
+            )));
+        }
+        if self.kind() == CommandKind::Submit && self.producer_id().is_none() {
+            return Err(Rejection::of(
+                "a submit needs a message_id (or a correlation_id), unique per command: without \
+                 one a redelivery cannot be told from a new campaign; set the AMQP property \
+                 message_id, for example to a UUID",
+            ));
+        }
+        self.check_encoding()?;
+        Command::parse(self.kind(), &self.body)
+    }
+
+    fn check_encoding(&self) -> Result<(), Rejection> {
+        if let Some(given) = &self.content_type {
+            let essence = given.split(';').next().unwrap_or_default().trim();
+            if !essence.is_empty() && !essence.eq_ignore_ascii_case("application/json") {
+                return Err(Rejection::of(format!(
+                    "the content_type is \"{}\"; set it to application/json or leave it out",
+                    validation::excerpt(given)
+                )));
+            }
+        }
+        if let Some(given) = &self.content_encoding
+            && !["", "utf-8", "utf8", "identity"].contains(&given.to_ascii_lowercase().as_str())
+        {
+            return Err(Rejection::of(format!(
+                "the content_encoding is \"{}\"; send plain UTF-8 JSON and leave it out",
+                validation::excerpt(given)
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A command that may be executed.
+#[derive(Debug)]
+pub enum Command {
+    /// Create a batch.
+    Submit(Box<Submit>),
+    /// Stop a batch.
+    Cancel(BatchId),
+    /// Read a batch.
+    Get(BatchId),
+}
+
+impl Command {
+    /// Reads the body of a command of the given kind.
+    pub fn parse(kind: CommandKind, body: &[u8]) -> Result<Self, Rejection> {
+        let text = validation::json_text(body)?;
+        validation::check(kind, text)?;
+        match kind {
+            CommandKind::Submit => {
+                let submit: Submit = validation::typed(text)?;
+                submit.check()?;
+                Ok(Self::Submit(Box::new(submit)))
+            }
+            CommandKind::Cancel => Ok(Self::Cancel(
+                validation::typed::<BatchReference>(text)?.batch_id,
+            )),
+            CommandKind::Get => Ok(Self::Get(
+                validation::typed::<BatchReference>(text)?.batch_id,
+            )),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct BatchReference {
+    batch_id: BatchId,
+}
+
+/// A vendor's batch id that cannot leave its path segment in a URL.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct BatchId(String);
+
+impl BatchId {
+    /// The id: 1 to 128 of `A-Z a-z 0-9 _ -`.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for BatchId {
+    type Error = &'static str;
+
+    fn try_from(id: String) -> Result<Self, Self::Error> {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+        if (1..=128).contains(&id.len()) && id.bytes().all(allowed) {
+            Ok(Self(id))
+        } else {
+            Err("a batch id is 1 to 128 letters, digits, _ or -")
+        }
+    }
+}
+
+impl fmt::Display for BatchId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The body of a submit (`schemas/submit.json`). Values that are only passed on stay as the
+/// producer wrote them.
+#[derive(Deserialize, Serialize)]
+pub struct Submit {
+    /// The batch's name.
+    pub call_name: String,
+    /// The vendor's agent.
+    pub agent_id: String,
+    /// The imported phone number that calls.
+    pub agent_phone_number_id: String,
+    /// 1 to 10,000, no two identical.
+    pub recipients: Vec<Recipient>,
+    /// Unix seconds; absent means now.
+    pub scheduled_time_unix: Option<Box<RawValue>>,
+    /// Compared with the vendor's answer, never sent.
+    pub phone_provider: Option<String>,
+    /// Passed on.
+    pub timezone: Option<Box<RawValue>>,
+    /// Passed on.
+    pub branch_id: Option<Box<RawValue>>,
+    /// Passed on.
+    pub environment: Option<Box<RawValue>>,
+    /// Passed on.
+    pub telephony_call_config: Option<Box<RawValue>>,
+    /// Passed on.
+    pub target_concurrency_limit: Option<Box<RawValue>>,
+}
+
+/// One person to call.
+#[derive(Deserialize, Serialize)]
+pub struct Recipient {
+    /// E.164.
+    pub phone_number: String,
+    /// Sorted by name, so that equal sets compare equal.
+    #[serde(default)]
+    pub dynamic_variables: BTreeMap<String, Box<RawValue>>,
+}
+
+impl fmt::Debug for Submit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Submit")
+            .field("recipients", &self.recipients.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Submit {
+    /// Tells two bodies apart, whatever their white space and the order of their fields.
+    pub fn fingerprint(&self) -> Uuid {
+        // Serializing maps with string keys into memory has no way to fail; an empty fingerprint
+        // would only make two broken bodies look alike.
+        let canonical = serde_json::to_vec(self).unwrap_or_default();
+        Uuid::new_v5(&Uuid::NAMESPACE_OID, &canonical)
+    }
+
+    /// What the schema cannot say.
+    fn check(&self) -> Result<(), Rejection> {
+        let mut rejection = Rejection::default();
+        if let Some(raw) = &self.scheduled_time_unix
+            && raw
+                .get()
+                .parse::<f64>()
+                .is_ok_and(|n| n >= FIRST_MILLISECONDS)
+        {
+            rejection.add(
+                "scheduled_time_unix",
+                "must be in seconds, and this can only be milliseconds; divide it by 1000",
+            );
+        }
+        let mut first_index = HashMap::with_capacity(self.recipients.len());
+        for (index, recipient) in self.recipients.iter().enumerate() {
+            if let Some(first) = first_index.insert(recipient.identity(), index) {
+                rejection.add(
+                    &format!("recipients[{index}]"),
+                    &format!(
+                        "is identical to recipients[{first}] (same phone_number and \
+                         dynamic_variables): the person would be called twice; remove one"
+                    ),
+                );
+            }
+        }
+        rejection.into_result()
+    }
+}
+
+impl Recipient {
+    fn identity(&self) -> (&str, Vec<(&str, Cow<'_, str>)>) {
+        let variables = self.dynamic_variables.iter();
+        (
+            &self.phone_number,
+            variables
+                .map(|(name, value)| (name.as_str(), unescaped(value.get())))
+                .collect(),
+        )
+    }
+}
+
+/// `"\u0061"` and `"a"` are the same value to the person who hears it.
+fn unescaped(json: &str) -> Cow<'_, str> {
+    if json.contains('\\')
+        && let Ok(text) = serde_json::from_str::<String>(json)
+    {
+        // The quotes keep the string "1" apart from the number 1.
+        return Cow::Owned(format!("\"{text}\""));
+    }
+    Cow::Borrowed(json)
+}
+
+#[cfg(test)]
+#[path = "command_tests.rs"]
+mod tests;

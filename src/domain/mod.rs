@@ -1,0 +1,7 @@
+//! The contract in types: what a command is, why one is refused, what a result says. Pure: no I/O.
+
+pub mod command;
+pub mod result;
+mod validation;
+
+pub use validation::{Rejection, excerpt};

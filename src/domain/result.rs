@@ -1,0 +1,281 @@
+//! The event that tells a producer how its command ended: envelope, routing key, headers, id.
+
+use std::fmt;
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use super::command::{CommandKind, CommandMessage};
+
+/// The namespace of result ids, so that they collide with nobody else's version 5 UUIDs.
+const RESULT_IDS: Uuid = Uuid::from_u128(0x6f1c_6f0e_58a4_4d0b_9d57_3b0a_9a86_61f2);
+
+/// Why a command failed: the stable value of the `error_code` header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorCode {
+    /// The command breaks the contract.
+    InvalidCommand,
+    /// The vendor knows no such batch, agent or phone number.
+    NotFound,
+    /// The vendor refused the request.
+    RejectedByElevenlabs,
+    /// The vendor refused the worker's API key.
+    Unauthorized,
+    /// The vendor could not be reached, or kept refusing for load, until the retry horizon.
+    UpstreamUnavailable,
+    /// Whether the vendor did it cannot be known.
+    OutcomeUnknown,
+    /// The id was used before with another body.
+    CommandIdReused,
+}
+
+impl ErrorCode {
+    /// Every code there is.
+    pub const ALL: [Self; 7] = [
+        Self::InvalidCommand,
+        Self::NotFound,
+        Self::RejectedByElevenlabs,
+        Self::Unauthorized,
+        Self::UpstreamUnavailable,
+        Self::OutcomeUnknown,
+        Self::CommandIdReused,
+    ];
+
+    /// The header's value.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::InvalidCommand => "invalid_command",
+            Self::NotFound => "not_found",
+            Self::RejectedByElevenlabs => "rejected_by_elevenlabs",
+            Self::Unauthorized => "unauthorized",
+            Self::UpstreamUnavailable => "upstream_unavailable",
+            Self::OutcomeUnknown => "outcome_unknown",
+            Self::CommandIdReused => "command_id_reused",
+        }
+    }
+
+    /// The `status_code` header, as the REST service would have answered.
+    pub const fn status_code(self) -> u16 {
+        match self {
+            Self::InvalidCommand | Self::RejectedByElevenlabs | Self::CommandIdReused => 400,
+            Self::NotFound => 404,
+            Self::Unauthorized | Self::UpstreamUnavailable | Self::OutcomeUnknown => 500,
+        }
+    }
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How a command ended.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// The vendor did it.
+    Succeeded {
+        /// What the vendor answered, byte for byte.
+        data: Box<RawValue>,
+        /// What the producer should know although it worked.
+        warning: Option<String>,
+    },
+    /// It was not done, or (`outcome_unknown`) nobody can tell.
+    Failed {
+        /// The stable reason.
+        code: ErrorCode,
+        /// A sentence a person can act on.
+        error: String,
+    },
+}
+
+/// Which of the results a command id may have this one is; it decides the event's `message_id`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResultOf {
+    /// The command that owns the id: one result, however often it is published.
+    Command,
+    /// A message that was turned away. Its id may belong to another command, whose result must
+    /// not be taken for a repeat of this one.
+    Refusal,
+}
+
+/// A result, ready to be published.
+#[derive(Clone, Debug)]
+pub struct ResultEvent {
+    /// What was asked.
+    pub kind: CommandKind,
+    /// The producer's id of the command; one made up by the worker where it gave none.
+    pub command_id: String,
+    /// Copied from the command, else the command id.
+    pub correlation_id: String,
+    /// The same for every publication of the same result.
+    pub message_id: Uuid,
+    /// How often the vendor was called for it.
+    pub attempts: u32,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Copied from the command.
+    pub traceparent: Option<String>,
+    /// Copied from the command.
+    pub tracestate: Option<String>,
+}
+
+impl ResultEvent {
+    /// The result of `message`, whose id is `command_id`.
+    pub fn new(
+        message: &CommandMessage,
+        command_id: &str,
+        of: ResultOf,
+        outcome: Outcome,
+        attempts: u32,
+    ) -> Self {
+        let kind = message.kind();
+        let mut name = format!("{kind}\n{command_id}\n").into_bytes();
+        if of == ResultOf::Refusal {
+            name.extend_from_slice(&message.body);
+        }
+        Self {
+            kind,
+            command_id: command_id.to_owned(),
+            correlation_id: message
+                .correlation_id
+                .clone()
+                .unwrap_or_else(|| command_id.to_owned()),
+            message_id: Uuid::new_v5(&RESULT_IDS, &name),
+            attempts,
+            outcome,
+            traceparent: message.traceparent.clone(),
+            tracestate: message.tracestate.clone(),
+        }
+    }
+
+    /// `batch-calling.<command>.succeeded` or `.failed`: routing key and AMQP `type`.
+    pub fn routing_key(&self) -> String {
+        let end = match self.outcome {
+            Outcome::Succeeded { .. } => "succeeded",
+            Outcome::Failed { .. } => "failed",
+        };
+        format!("{}.{end}", self.kind.routing_key())
+    }
+
+    /// The `status_code` header.
+    pub fn status_code(&self) -> u16 {
+        match &self.outcome {
+            Outcome::Succeeded { .. } => 200,
+            Outcome::Failed { code, .. } => code.status_code(),
+        }
+    }
+
+    /// The `error_code` header of a failure.
+    pub fn error_code(&self) -> Option<ErrorCode> {
+        match &self.outcome {
+            Outcome::Succeeded { .. } => None,
+            Outcome::Failed { code, .. } => Some(*code),
+        }
+    }
+
+    /// The `warning` header.
+    pub fn warning(&self) -> Option<&str> {
+        match &self.outcome {
+            Outcome::Succeeded { warning, .. } => warning.as_deref(),
+            Outcome::Failed { .. } => None,
+        }
+    }
+
+    /// The envelope: `{"success":true,"data":…}` or `{"success":false,"error":"…"}`.
+    pub fn body(&self) -> Vec<u8> {
+        #[derive(Serialize)]
+        struct Succeeded<'a> {
+            success: bool,
+            data: &'a RawValue,
+        }
+        #[derive(Serialize)]
+        struct Failed<'a> {
+            success: bool,
+            error: &'a str,
+        }
+        let json = match &self.outcome {
+            Outcome::Succeeded { data, .. } => serde_json::to_vec(&Succeeded {
+                success: true,
+                data,
+            }),
+            Outcome::Failed { error, .. } => serde_json::to_vec(&Failed {
+                success: false,
+                error,
+            }),
+        };
+        // Strings and raw JSON written into memory have no way to fail.
+        json.unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(body: &str) -> CommandMessage {
+        CommandMessage {
+            queue: CommandKind::Submit,
+            routing_key: None,
+            message_id: Some("c-1".into()),
+            correlation_id: None,
+            content_type: None,
+            content_encoding: None,
+            traceparent: None,
+            tracestate: None,
+            reply_to: None,
+            body: body.into(),
+        }
+    }
+
+    fn failed(body: &str, of: ResultOf) -> ResultEvent {
+        let outcome = Outcome::Failed {
+            code: ErrorCode::InvalidCommand,
+            error: "It is \"wrong\".".into(),
+        };
+        ResultEvent::new(&message(body), "c-1", of, outcome, 0)
+    }
+
+    #[test]
+    fn the_data_of_a_success_is_the_vendors_bytes() {
+        let data = "{\"z\": 1.0,\n \"a\":1e2, \"id\":\"b\", \"big\":12345678901234567890123}";
+        let outcome = Outcome::Succeeded {
+            data: RawValue::from_string(data.into()).unwrap(),
+            warning: None,
+        };
+        let event = ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, outcome, 1);
+        assert_eq!(
+            String::from_utf8(event.body()).unwrap(),
+            format!("{{\"success\":true,\"data\":{data}}}")
+        );
+        assert_eq!(event.routing_key(), "batch-calling.submit.succeeded");
+        assert_eq!(event.status_code(), 200);
+    }
+
+    #[test]
+    fn a_failure_says_why_and_falls_back_to_the_command_id_for_correlation() {
+        let event = failed("{}", ResultOf::Refusal);
+        assert_eq!(
+            event.body(),
+            br#"{"success":false,"error":"It is \"wrong\"."}"#
+        );
+        assert_eq!(event.routing_key(), "batch-calling.submit.failed");
+        assert_eq!(event.correlation_id, "c-1");
+        assert_eq!(event.error_code(), Some(ErrorCode::InvalidCommand));
+    }
+
+    #[test]
+    fn the_same_command_always_has_the_same_result_id() {
+        let id = |body, of| failed(body, of).message_id;
+        assert_eq!(id("{}", ResultOf::Command), id("{ }", ResultOf::Command));
+        assert_eq!(id("{}", ResultOf::Refusal), id("{}", ResultOf::Refusal));
+    }
+
+    #[test]
+    fn a_refusal_is_not_taken_for_a_repeat_of_the_result_of_the_command_whose_id_it_uses() {
+        let refused = failed("{\"a\":1}", ResultOf::Refusal).message_id;
+        assert_ne!(refused, failed("{}", ResultOf::Command).message_id);
+        assert_ne!(refused, failed("{\"a\":2}", ResultOf::Refusal).message_id);
+    }
+}
