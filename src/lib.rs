@@ -13,3 +13,5 @@
 //! environment in [`config`]. Adapters never import each other: [`app`] wires them.
 
 pub mod domain;
+pub mod elevenlabs;
+pub mod retry;

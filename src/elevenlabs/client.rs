@@ -1,0 +1,243 @@
+//! One method per endpoint of the vendor's batch-calling API.
+
+use std::time::Duration;
+
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Method, Url, redirect, retry};
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::value::RawValue;
+
+use crate::domain::command::BatchId;
+
+use super::error::{self, Class, Error};
+use super::wire::{Batch, SubmitRequest};
+
+/// The largest answer that is read, in bytes: 10,000 recipients with all their data.
+const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
+
+/// Shorter than any proxy keeps an idle connection: a reused one that the other side is just
+/// closing would make a submit's outcome unknown.
+const POOL_IDLE: Duration = Duration::from_secs(5);
+
+/// How to reach the vendor.
+pub struct Settings {
+    /// Sent as `xi-api-key`.
+    pub api_key: SecretString,
+    /// `https://api.elevenlabs.io`, or a stand-in.
+    pub base_url: Url,
+    /// For the connection alone, shorter than `timeout`.
+    pub connect_timeout: Duration,
+    /// From the first byte out to the last byte in.
+    pub timeout: Duration,
+}
+
+/// A batch as the vendor answered it.
+#[derive(Debug)]
+pub struct Answer {
+    /// The answer, byte for byte.
+    pub data: Box<RawValue>,
+    /// `id`.
+    pub batch_id: String,
+    /// `status`; new values appear over time.
+    pub status: Option<String>,
+    /// `phone_provider`.
+    pub phone_provider: Option<String>,
+}
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The key cannot be sent as an HTTP header.
+    #[error("ELEVENLABS_API_KEY has characters that cannot be sent in an HTTP header")]
+    Key(#[from] reqwest::header::InvalidHeaderValue),
+    /// No TLS, no resolver.
+    #[error("the HTTP client could not be set up")]
+    Http(#[from] reqwest::Error),
+}
+
+/// A connection pool to the vendor. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    base_url: Url,
+}
+
+impl Client {
+    /// A client; fails where TLS cannot be set up or the key cannot be a header.
+    pub fn new(settings: &Settings) -> Result<Self, SetupError> {
+        let mut key = HeaderValue::from_str(settings.api_key.expose_secret())?;
+        key.set_sensitive(true);
+        let http = reqwest::Client::builder()
+            .default_headers(HeaderMap::from_iter([(
+                reqwest::header::HeaderName::from_static("xi-api-key"),
+                key,
+            )]))
+            .user_agent(concat!("call-manager/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(settings.connect_timeout)
+            .timeout(settings.timeout)
+            .pool_idle_timeout(POOL_IDLE)
+            // A redirected or repeated submit calls people twice: neither happens below this line.
+            .redirect(redirect::Policy::none())
+            .retry(retry::never())
+            .http1_only()
+            // Where requests go is decided by the settings table alone.
+            .no_proxy()
+            .build()?;
+        Ok(Self {
+            http,
+            base_url: settings.base_url.clone(),
+        })
+    }
+
+    /// `POST …/submit`: creates a batch each time it is called.
+    pub async fn submit(&self, request: &SubmitRequest) -> Result<Answer, Error> {
+        let url = self.url(&["submit"]);
+        let request = self.http.request(Method::POST, url).body(request.0.clone());
+        self.call(request.header(CONTENT_TYPE, "application/json"), None)
+            .await
+    }
+
+    /// `GET …/{batch_id}`.
+    pub async fn get(&self, id: &BatchId) -> Result<Answer, Error> {
+        let url = self.url(&[id.as_str()]);
+        self.call(self.http.request(Method::GET, url), Some(id))
+            .await
+    }
+
+    /// `POST …/{batch_id}/cancel`.
+    pub async fn cancel(&self, id: &BatchId) -> Result<Answer, Error> {
+        let url = self.url(&[id.as_str(), "cancel"]);
+        self.call(self.http.request(Method::POST, url), Some(id))
+            .await
+    }
+
+    fn url(&self, rest: &[&str]) -> Url {
+        let mut url = self.base_url.clone();
+        // An http URL always has path segments; each one pushed is percent-encoded.
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments
+                .pop_if_empty()
+                .extend(["v1", "convai", "batch-calling"])
+                .extend(rest);
+        }
+        url
+    }
+
+    async fn call(
+        &self,
+        request: reqwest::RequestBuilder,
+        asked_for: Option<&BatchId>,
+    ) -> Result<Answer, Error> {
+        let mut response = request.send().await.map_err(Error::of_transport)?;
+        let status = response.status().as_u16();
+        let headers = std::mem::take(response.headers_mut());
+        let class = Class::of_status(status);
+        let body = match (read(&mut response).await, class) {
+            (Ok(body), _) => body,
+            // The status alone decides; only the vendor's words are lost.
+            (Err(_), Some(_)) => Vec::new(),
+            (Err(reason), None) => {
+                return Err(Error::Unreadable {
+                    status,
+                    reason,
+                    request_id: error::request_id(&headers),
+                });
+            }
+        };
+        match class {
+            Some(class) => Err(Error::of_answer(class, status, &headers, &body)),
+            None => answer(body, asked_for).map_err(|reason| Error::Unreadable {
+                status,
+                reason,
+                request_id: error::request_id(&headers),
+            }),
+        }
+    }
+}
+
+async fn read(response: &mut reqwest::Response) -> Result<Vec<u8>, String> {
+    let mut body = Vec::new();
+    loop {
+        match response.chunk().await {
+            Ok(Some(chunk)) if body.len() + chunk.len() > MAX_ANSWER_BYTES => {
+                return Err(format!("it is longer than {MAX_ANSWER_BYTES} bytes"));
+            }
+            Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+            Ok(None) => return Ok(body),
+            Err(error) if error.is_timeout() => return Err("it did not end in time".to_owned()),
+            Err(_) => return Err("it is cut short".to_owned()),
+        }
+    }
+}
+
+fn answer(body: Vec<u8>, asked_for: Option<&BatchId>) -> Result<Answer, String> {
+    let text = String::from_utf8(body).map_err(|_| "it is not UTF-8".to_owned())?;
+    let data = RawValue::from_string(text).map_err(|_| "it is not JSON".to_owned())?;
+    let batch: Batch =
+        serde_json::from_str(data.get()).map_err(|_| "it is not a batch with an id".to_owned())?;
+    if batch.id.is_empty() {
+        return Err("its batch id is empty".to_owned());
+    }
+    if asked_for.is_some_and(|asked| asked.as_str() != batch.id) {
+        return Err("it is about another batch than the one asked for".to_owned());
+    }
+    Ok(Answer {
+        data,
+        batch_id: batch.id,
+        status: batch.status,
+        phone_provider: batch.phone_provider,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn client() -> Client {
+        Client::new(&Settings {
+            api_key: "secret-key".into(),
+            base_url: "http://127.0.0.1:9/base/".parse().unwrap(),
+            connect_timeout: Duration::from_secs(1),
+            timeout: Duration::from_secs(2),
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_batch_id_stays_in_its_path_segment() {
+        for hostile in [
+            "../../x", "a/b", "%2e%2e", "a?b=c", "a#b", "..", ".", "", "ñ", "😀",
+        ] {
+            assert!(BatchId::try_from(hostile.to_owned()).is_err(), "{hostile}");
+        }
+        let url = client().url(&["btcal_1-a", "cancel"]);
+        assert_eq!(url.path(), "/base/v1/convai/batch-calling/btcal_1-a/cancel");
+    }
+
+    #[test]
+    fn the_api_key_shows_in_no_debug_output() {
+        assert!(!format!("{:?}", client()).contains("secret-key"));
+    }
+
+    #[test]
+    fn an_answer_about_another_batch_is_not_taken() {
+        let id = BatchId::try_from("btcal_1".to_owned()).unwrap();
+        assert!(answer(br#"{"id":"btcal_2"}"#.to_vec(), Some(&id)).is_err());
+        assert!(answer(br#"{"id":"btcal_1"}"#.to_vec(), Some(&id)).is_ok());
+    }
+
+    #[test]
+    fn a_2xx_without_a_batch_is_unreadable() {
+        for body in [
+            "",
+            "null",
+            "[]",
+            "{}",
+            r#"{"id":7}"#,
+            r#"{"id":""}"#,
+            r#"{"id":"b""#,
+        ] {
+            assert!(answer(body.into(), None).is_err(), "{body}");
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The vendor's batch-calling API: requests, answers, and what an error says about a batch.
+
+mod client;
+mod error;
+mod wire;
+
+pub use client::{Answer, Client, Settings, SetupError};
+pub use error::{Class, Error};
+pub use wire::SubmitRequest;
