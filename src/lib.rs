@@ -14,4 +14,7 @@
 
 pub mod domain;
 pub mod elevenlabs;
+pub mod handler;
+pub mod ledger;
 pub mod retry;
+pub mod telemetry;
