@@ -12,9 +12,12 @@
 //! `lapin` lives in [`broker`] alone, `reqwest` in [`elevenlabs`], `backoff` in [`retry`], the
 //! environment in [`config`]. Adapters never import each other: [`app`] wires them.
 
+pub mod broker;
 pub mod domain;
 pub mod elevenlabs;
 pub mod handler;
+pub mod health;
 pub mod ledger;
 pub mod retry;
 pub mod telemetry;
+pub mod worker;

@@ -1,0 +1,163 @@
+//! One generation of connections, channels and consumers, which lives and dies together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lapin::options::{BasicConsumeOptions, BasicQosOptions};
+use lapin::types::FieldTable;
+use lapin::uri::AMQPUri;
+use lapin::{Connection, ConnectionProperties};
+use secrecy::ExposeSecret;
+use tokio::time::timeout;
+use tracing::debug;
+use url::{Host, Url};
+
+use crate::domain::command::CommandKind;
+
+use super::consumer::Lane;
+use super::publisher::Publisher;
+use super::topology::Topology;
+use super::{CALL_LIMIT, CONNECT_LIMIT, Error, HEARTBEAT, Settings};
+
+/// Everything that was built on one pair of connections.
+pub struct Generation {
+    /// One per command queue.
+    pub lanes: Vec<Lane>,
+    /// Publishes results.
+    pub publisher: Arc<Publisher>,
+    // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm) blocks a whole
+    // connection, and acks and deliveries must go on.
+    consuming: Connection,
+}
+
+/// Connects, declares the topology and starts to consume.
+pub async fn open(settings: &Settings) -> Result<Generation, Error> {
+    let uri = parse(settings.url.expose_secret())?;
+    let at = address(&uri);
+    within(CONNECT_LIMIT, &at, build(settings, uri)).await
+}
+
+async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
+    let topology = Topology::new(&settings.prefix);
+    let consuming = connect(uri.clone(), "consuming").await?;
+    let publishing = connect(uri, "publishing").await?;
+
+    let declaring = consuming.create_channel().await?;
+    topology.declare(&declaring).await?;
+    declaring.close(200, "declared".into()).await?;
+
+    let publisher = Publisher::new(publishing, &topology).await?;
+
+    let mut lanes = Vec::new();
+    for kind in CommandKind::ALL {
+        let channel = consuming.create_channel().await?;
+        // lapin's buffer has no bound of its own: prefetch is the only one.
+        channel
+            .basic_qos(settings.prefetch, BasicQosOptions::default())
+            .await?;
+        let queue = topology.queue(kind);
+        let options = BasicConsumeOptions::default();
+        let consumer = channel
+            .basic_consume(
+                queue.into(),
+                kind.name().into(),
+                options,
+                FieldTable::default(),
+            )
+            .await?;
+        lanes.push(Lane::new(kind, channel, consumer));
+    }
+    Ok(Generation {
+        lanes,
+        publisher: Arc::new(publisher),
+        consuming,
+    })
+}
+
+impl Generation {
+    /// Closes both connections, within a limit; what is unacknowledged returns to its queue.
+    pub async fn close(self) {
+        let both = async {
+            tokio::join!(
+                self.publisher.close(),
+                self.consuming.close(200, "stopping".into())
+            )
+        };
+        match timeout(CALL_LIMIT, both).await {
+            Ok((Ok(()), Ok(()))) => {}
+            Ok((Err(error), _) | (_, Err(error))) => {
+                debug!(%error, "a connection was already gone");
+            }
+            Err(_) => debug!("the broker did not answer the close in time"),
+        }
+    }
+}
+
+/// Reads an AMQP URL.
+pub(super) fn parse(url: &str) -> Result<AMQPUri, Error> {
+    let mut uri: AMQPUri = url.parse().map_err(Error::Url)?;
+    // The parser drops an IPv6 host and takes localhost for it.
+    if let Some(Host::Ipv6(address)) = Url::parse(url).ok().as_ref().and_then(Url::host) {
+        uri.authority.host = address.to_string();
+    }
+    // "amqp://host/" means the empty virtual host to the letter, and "/" to everybody who writes it.
+    if uri.vhost.is_empty() {
+        "/".clone_into(&mut uri.vhost);
+    }
+    uri.query.heartbeat.get_or_insert(HEARTBEAT);
+    Ok(uri)
+}
+
+/// host:port, for messages: the rest of the URL has the password in it.
+pub(super) fn address(uri: &AMQPUri) -> String {
+    format!("{}:{}", uri.authority.host, uri.authority.port)
+}
+
+/// Recovery stays off (the default): with it, a consumer hangs for ever on a closed channel while
+/// the connection reports itself connected.
+pub(super) async fn connect(uri: AMQPUri, purpose: &str) -> lapin::Result<Connection> {
+    let name = format!("call-manager {purpose}");
+    Connection::connect_uri(
+        uri,
+        ConnectionProperties::default().with_connection_name(name.into()),
+    )
+    .await
+}
+
+/// lapin has no time limit that a frozen broker respects.
+pub(super) async fn within<T>(
+    limit: Duration,
+    at: &str,
+    call: impl Future<Output = lapin::Result<T>>,
+) -> Result<T, Error> {
+    match timeout(limit, call).await {
+        Ok(result) => result.map_err(|error| Error::of(error, at)),
+        Err(_) => Err(Error::Silent {
+            at: at.to_owned(),
+            limit,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_and_virtual_hosts_are_read_as_people_mean_them() {
+        let read = |url: &str| {
+            let uri = parse(url).unwrap();
+            (address(&uri), uri.vhost)
+        };
+        assert_eq!(read("amqp://h"), ("h:5672".to_owned(), "/".to_owned()));
+        assert_eq!(read("amqp://h/"), ("h:5672".to_owned(), "/".to_owned()));
+        assert_eq!(
+            read("amqps://h/%2fa"),
+            ("h:5671".to_owned(), "/a".to_owned())
+        );
+        assert_eq!(
+            read("amqp://u:p@[::1]:7/v"),
+            ("::1:7".to_owned(), "v".to_owned())
+        );
+    }
+}

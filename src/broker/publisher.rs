@@ -1,0 +1,207 @@
+//! Publishes results and waits until the broker has confirmed them.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tracing::warn;
+
+use crate::domain::result::ResultEvent;
+
+use super::CONFIRM_LIMIT;
+use super::topology::Topology;
+
+/// A returned message is credited to the right publish only with one confirm outstanding per
+/// channel, so replies take turns on so many channels.
+const REPLY_CHANNELS: usize = 8;
+
+const PERSISTENT: u8 = 2;
+
+/// Why a result is not known to be safe with the broker.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// A queue that is bound for it is full and refuses it.
+    #[error(
+        "the broker refused the result: a queue bound for it is full (x-overflow reject-publish)"
+    )]
+    Refused,
+    /// No confirm came.
+    #[error("the broker did not confirm the result within {} s", CONFIRM_LIMIT.as_secs())]
+    Silent,
+    /// The channel or connection is gone.
+    #[error("the result could not be published")]
+    Connection(#[from] lapin::Error),
+}
+
+/// Publishes results, many at a time.
+pub struct Publisher {
+    connection: Connection,
+    results: Channel,
+    exchange: String,
+    reply_turn: Semaphore,
+    idle_reply_channels: Mutex<Vec<Channel>>,
+}
+
+impl Publisher {
+    pub(super) async fn new(connection: Connection, topology: &Topology) -> lapin::Result<Self> {
+        Ok(Self {
+            results: confirming_channel(&connection).await?,
+            connection,
+            exchange: topology.results_exchange(),
+            reply_turn: Semaphore::new(REPLY_CHANNELS),
+            idle_reply_channels: Mutex::default(),
+        })
+    }
+
+    pub(super) async fn close(&self) -> lapin::Result<()> {
+        self.connection.close(200, "stopping".into()).await
+    }
+
+    /// Publishes a result, and a copy to `reply_to`. Returns once the result is confirmed; a reply
+    /// that cannot be delivered is logged, because the result is on the exchange all the same.
+    pub async fn publish(
+        &self,
+        event: &ResultEvent,
+        reply_to: Option<&str>,
+    ) -> Result<(), PublishError> {
+        let body = event.body();
+        let properties = properties(event);
+        let result = self.confirmed(event, &body, properties.clone());
+        match reply_to {
+            None => result.await,
+            Some(queue) => {
+                let (published, ()) =
+                    tokio::join!(result, self.reply(event, queue, &body, properties));
+                published
+            }
+        }
+    }
+
+    async fn confirmed(
+        &self,
+        event: &ResultEvent,
+        body: &[u8],
+        properties: BasicProperties,
+    ) -> Result<(), PublishError> {
+        let publish = async {
+            let options = BasicPublishOptions::default();
+            let (exchange, key) = (self.exchange.as_str().into(), event.routing_key().into());
+            self.results
+                .basic_publish(exchange, key, options, body, properties)
+                .await?
+                .await
+        };
+        match timeout(CONFIRM_LIMIT, publish).await {
+            Ok(Ok(Confirmation::Ack(_))) => Ok(()),
+            Ok(Ok(Confirmation::Nack(_) | Confirmation::NotRequested)) => {
+                Err(PublishError::Refused)
+            }
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(PublishError::Silent),
+        }
+    }
+
+    async fn reply(
+        &self,
+        event: &ResultEvent,
+        queue: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) {
+        let delivered = timeout(CONFIRM_LIMIT, self.try_reply(queue, body, properties)).await;
+        let reason = match delivered {
+            Ok(Ok(Confirmation::Ack(None))) => return,
+            Ok(Ok(Confirmation::Ack(Some(_)))) => "no queue has the name in reply_to".to_owned(),
+            Ok(Ok(_)) => "the reply_to queue is full and refuses it".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "the broker did not confirm it in time".to_owned(),
+        };
+        warn!(
+            command_id = event.command_id,
+            reason, "the reply was not delivered; the result is on the results exchange"
+        );
+    }
+
+    async fn try_reply(
+        &self,
+        queue: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) -> lapin::Result<Confirmation> {
+        // Never closed, so an error cannot come; the permit is what matters.
+        let _turn = self.reply_turn.acquire().await;
+        let idle = self
+            .idle_reply_channels
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let channel = match idle {
+            Some(channel) => channel,
+            None => confirming_channel(&self.connection).await?,
+        };
+        let options = BasicPublishOptions {
+            mandatory: true,
+            ..BasicPublishOptions::default()
+        };
+        let confirm = channel.basic_publish("".into(), queue.into(), options, body, properties);
+        let confirmation = confirm.await?.await?;
+        // Only a channel that is still good goes back: a refused permission closes it.
+        self.idle_reply_channels
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(channel);
+        Ok(confirmation)
+    }
+}
+
+async fn confirming_channel(connection: &Connection) -> lapin::Result<Channel> {
+    let channel = connection.create_channel().await?;
+    channel
+        .confirm_select(ConfirmSelectOptions::default())
+        .await?;
+    Ok(channel)
+}
+
+fn properties(event: &ResultEvent) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    let mut text = |name: &str, value: &str| {
+        headers.insert(name.into(), AMQPValue::LongString(value.into()));
+    };
+    text("command_id", &event.command_id);
+    if let Some(code) = event.error_code() {
+        text("error_code", code.name());
+    }
+    if let Some(warning) = event.warning() {
+        text("warning", warning);
+    }
+    if let Some(traceparent) = &event.traceparent {
+        text("traceparent", traceparent);
+    }
+    if let Some(tracestate) = &event.tracestate {
+        text("tracestate", tracestate);
+    }
+    headers.insert(
+        "status_code".into(),
+        AMQPValue::LongInt(event.status_code().into()),
+    );
+    headers.insert(
+        "attempts".into(),
+        AMQPValue::LongLongInt(event.attempts.into()),
+    );
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_content_type("application/json".into())
+        .with_correlation_id(event.correlation_id.as_str().into())
+        .with_message_id(event.message_id.to_string().into())
+        .with_type(event.routing_key().into())
+        .with_app_id("call-manager".into())
+        .with_timestamp(now.as_secs())
+        .with_headers(headers)
+}
