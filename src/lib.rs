@@ -12,7 +12,10 @@
 //! `lapin` lives in [`broker`] alone, `reqwest` in [`elevenlabs`], `backoff` in [`retry`], the
 //! environment in [`config`]. Adapters never import each other: [`app`] wires them.
 
+pub mod app;
 pub mod broker;
+pub mod cli;
+pub mod config;
 pub mod domain;
 pub mod elevenlabs;
 pub mod handler;

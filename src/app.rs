@@ -1,0 +1,102 @@
+//! Builds the parts, runs them until shutdown, drains.
+
+use std::net::SocketAddr;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use crate::config::{BrokerSettings, Settings};
+use crate::elevenlabs;
+use crate::handler::Handler;
+use crate::health::{self, Readiness};
+use crate::retry::Policy;
+use crate::worker::Worker;
+use crate::{broker, retry};
+
+/// Runs the worker until SIGTERM or SIGINT. `Err` is one line for the person who started it.
+pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    stop_on_signals(&stop, &tasks)?;
+    run_until(settings, stop).await
+}
+
+/// Runs the worker until `stop` is cancelled and what is in hand is settled.
+pub async fn run_until(settings: Settings, stop: CancellationToken) -> anyhow::Result<()> {
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        elevenlabs = %settings.elevenlabs_base_url,
+        broker = settings.broker.shown_url,
+        prefix = settings.broker.amqp_prefix,
+        prefetch = settings.broker.prefetch,
+        "starting"
+    );
+    let address = SocketAddr::new(settings.host, settings.port);
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "cannot listen on {address}; stop what uses the port, or set PORT (and HOST) to another"
+        )
+    })?;
+    info!(address = %listener.local_addr()?, "GET /health, /health/ready");
+    let readiness = Readiness::default();
+    let health = axum::serve(listener, health::router(readiness.clone()));
+
+    let vendor = elevenlabs::Client::new(&elevenlabs::Settings {
+        api_key: settings.elevenlabs_api_key,
+        base_url: settings.elevenlabs_base_url,
+        connect_timeout: settings.elevenlabs_connect_timeout,
+        timeout: settings.elevenlabs_timeout,
+    })?;
+    let policy = Policy {
+        horizon: Some(settings.retry_horizon),
+        ..retry::VENDOR
+    };
+    let handler = Handler::new(vendor, policy);
+    let broker = broker_settings(settings.broker);
+    let worker = Worker::new(broker, handler, readiness, settings.shutdown_grace);
+    tokio::select! {
+        ended = worker.run(stop) => ended?,
+        // It answers as long as the worker runs, its draining included.
+        ended = health.into_future() => {
+            ended.context("the health endpoint failed")?;
+            anyhow::bail!("the health endpoint ended");
+        }
+    }
+    info!("stopped");
+    Ok(())
+}
+
+/// The adapter's own settings.
+pub fn broker_settings(settings: BrokerSettings) -> broker::Settings {
+    broker::Settings {
+        url: settings.amqp_url,
+        prefix: settings.amqp_prefix,
+        prefetch: settings.prefetch,
+    }
+}
+
+/// The first SIGTERM or SIGINT stops in order, the second at once.
+fn stop_on_signals(stop: &CancellationToken, tasks: &TaskTracker) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = stop.clone();
+    tasks.spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if stop.is_cancelled() {
+                warn!("second signal: leaving at once; what is in hand returns to its queue");
+                std::process::exit(1);
+            }
+            info!("signal received");
+            stop.cancel();
+        }
+    });
+    Ok(())
+}
