@@ -140,20 +140,24 @@ impl Entry {
 mod tests {
     use super::*;
 
+    fn entry(path: usize, body: Bytes) -> Entry {
+        Entry {
+            method: "GET".to_owned(),
+            path: path.to_string(),
+            route: Route::Get,
+            status: None,
+            fault: None,
+            processed: false,
+            body,
+        }
+    }
+
     #[test]
     fn the_log_forgets_the_oldest_and_still_finds_the_newest() {
         let mut log = RequestLog::default();
         let mut newest = 0;
         for number in 0..MAX_REQUESTS + 5 {
-            newest = log.push(Entry {
-                method: "GET".to_owned(),
-                path: number.to_string(),
-                route: Route::Get,
-                status: None,
-                fault: None,
-                processed: false,
-                body: Bytes::from_static(b"{}"),
-            });
+            newest = log.push(entry(number, Bytes::from_static(b"{}")));
         }
         assert_eq!(log.entries.len(), MAX_REQUESTS);
         assert_eq!(log.body_bytes, 2 * MAX_REQUESTS);
@@ -163,5 +167,17 @@ mod tests {
         );
         assert!(log.entry(4).is_none());
         assert_eq!(log.entry(5).unwrap().path, "5");
+    }
+
+    #[test]
+    fn the_log_keeps_no_more_bytes_of_bodies_than_its_limit() {
+        let mut log = RequestLog::default();
+        let third = Bytes::from(vec![b'0'; MAX_BODY_BYTES / 3]);
+        for number in 0..5 {
+            log.push(entry(number, third.clone()));
+        }
+        assert_eq!(log.entries.len(), 3);
+        assert_eq!(log.entries[0].path, "2");
+        assert!(log.body_bytes <= MAX_BODY_BYTES);
     }
 }
