@@ -1,0 +1,119 @@
+# shellcheck shell=bash
+# A RabbitMQ for the scripts: the one that answers at AMQP_URL, else a private node that lives as long as the script.
+
+readonly DEFAULT_AMQP_URL=amqp://guest:guest@127.0.0.1:5672/%2f
+
+# "yes" when the broker is a private node of this script.
+BROKER_IS_PRIVATE=no
+
+# Sees to a broker and exports its AMQP_URL.
+ensure_broker() {
+    local url=${AMQP_URL:-$DEFAULT_AMQP_URL} host port
+    read -r host port < <(broker_address "$url")
+    if [[ $url == amqps://* ]] || speaks_amqp "$host" "$port"; then
+        say "broker: $host port $port, already running"
+        export AMQP_URL=$url
+        return
+    fi
+    say "broker: none answers at $host port $port, so this run gets a private one"
+    find_rabbitmq || install_packages "RabbitMQ is not installed" rabbitmq-server
+    find_rabbitmq || die "rabbitmq-server was installed, but is not in $RABBITMQ_LIB"
+    start_private_broker
+}
+
+# broker_address <amqp url>: prints host and port.
+broker_address() {
+    local authority=${1#*://} host port=5672
+    if [[ $1 == amqps://* ]]; then port=5671; fi
+    authority=${authority%%[/?]*}
+    authority=${authority##*@}
+    host=$authority
+    if [[ $authority =~ ^(.*):([0-9]+)$ && $authority != *']' ]]; then
+        host=${BASH_REMATCH[1]}
+        port=${BASH_REMATCH[2]}
+    fi
+    host=${host#[}
+    host=${host%]}
+    printf '%s %s\n' "${host:-127.0.0.1}" "$port"
+}
+
+# speaks_amqp <host> <port>: an open port proves little; a broker of AMQP 0-9-1 answers the protocol header with a
+# method frame (type 1), any other server with something else or nothing.
+speaks_amqp() {
+    local answer
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    answer=$(timeout 3 bash -c '
+        exec 3<>"/dev/tcp/$1/$2"
+        printf "AMQP\0\0\11\1" >&3
+        head -c 1 <&3 | od -An -tx1
+    ' probe "$1" "$2" 2>/dev/null) || return 1
+    [[ $answer == *01* ]]
+}
+
+# The server itself, not the wrapper on the PATH, which changes to the system's rabbitmq user and directories.
+readonly RABBITMQ_LIB=/usr/lib/rabbitmq/bin
+find_rabbitmq() { [[ -x $RABBITMQ_LIB/rabbitmq-server ]]; }
+
+# Starts a node that shares nothing with any other: directories, cookie, name, ports and port mapper (epmd) are its own.
+start_private_broker() {
+    local home amqp_port dist_port epmd_port pid
+    scratch broker
+    home=$REPLY
+    free_port
+    amqp_port=$REPLY
+    free_port
+    dist_port=$REPLY
+    free_port
+    epmd_port=$REPLY
+
+    write_broker_settings "$home" "$amqp_port"
+    start 5 epmd -address 127.0.0.1 -port "$epmd_port" >"$home/epmd.log" 2>&1
+
+    local environment=(
+        PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 HOME="$home"
+        ERL_EPMD_PORT="$epmd_port" ERL_EPMD_ADDRESS=127.0.0.1
+        # A short name at localhost: no host name has to resolve.
+        RABBITMQ_NODENAME="call-manager-$amqp_port@localhost"
+        RABBITMQ_DIST_PORT="$dist_port"
+        RABBITMQ_CONFIG_FILE="$home/rabbitmq.conf"
+        RABBITMQ_CONFIG_FILES="$home/conf.d"
+        RABBITMQ_ADVANCED_CONFIG_FILE="$home/advanced.config"
+        RABBITMQ_CONF_ENV_FILE="$home/rabbitmq-env.conf"
+        RABBITMQ_ENABLED_PLUGINS_FILE="$home/enabled_plugins"
+        RABBITMQ_GENERATED_CONFIG_DIR="$home/generated"
+        RABBITMQ_MNESIA_BASE="$home/mnesia"
+        RABBITMQ_LOG_BASE="$home/log"
+        RABBITMQ_LOGS=-
+        RABBITMQ_PID_FILE="$home/node.pid"
+        # Two schedulers: enough for tests, and a machine with many cores does not pay for one each.
+        RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='+S 2:2 -kernel inet_dist_use_interface {127,0,0,1}'
+        # The start script then becomes the node, so that its pid is the node's; -noinput keeps the shell away.
+        RABBITMQ_ALLOW_INPUT=1
+    )
+    # SIGTERM is a clean stop of the node.
+    start 20 env -i "${environment[@]}" "$RABBITMQ_LIB/rabbitmq-server" -noinput >"$home/broker.log" 2>&1
+    pid=$!
+    wait_until 120 "$pid" "$home/broker.log" "the private broker" speaks_amqp 127.0.0.1 "$amqp_port"
+
+    # shellcheck disable=SC2034 # read by the scripts
+    BROKER_IS_PRIVATE=yes
+    export AMQP_URL=amqp://guest:guest@127.0.0.1:$amqp_port/%2f
+    say "broker: private node at 127.0.0.1 port $amqp_port, in ${home#"$ROOT"/}"
+}
+
+# write_broker_settings <home> <amqp port>
+write_broker_settings() {
+    local home=$1
+    mkdir -p -- "$home"/{conf.d,generated,mnesia,log}
+    : >"$home/rabbitmq-env.conf"
+    echo '[].' >"$home/enabled_plugins"
+    (umask 077 && od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >"$home/.erlang.cookie")
+    cat >"$home/rabbitmq.conf" <<CONF
+listeners.tcp.local = 127.0.0.1:$2
+# A machine with a small disk must not block the publishers of a run that needs a few megabytes.
+disk_free_limit.absolute = 50MB
+# The log of the quorum queues is kept in memory as well until it is this long; the default is 512 MB.
+raft.wal_max_size_bytes = 64000000
+log.console.level = info
+CONF
+}
