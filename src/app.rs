@@ -51,10 +51,7 @@ pub async fn run_until(settings: Settings, stop: CancellationToken) -> anyhow::R
         connect_timeout: settings.elevenlabs_connect_timeout,
         timeout: settings.elevenlabs_timeout,
     })?;
-    let policy = Policy {
-        horizon: Some(settings.retry_horizon),
-        ..retry::VENDOR
-    };
+    let policy = Policy { horizon: Some(settings.retry_horizon), ..retry::VENDOR };
     let handler = Handler::new(vendor, policy);
     let broker = broker_settings(settings.broker);
     let worker = Worker::new(broker, handler, readiness, settings.shutdown_grace);

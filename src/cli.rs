@@ -70,11 +70,7 @@ struct SubmitArgs {
 #[derive(Args)]
 struct BatchArgs {
     /// The JSON body: a file, or - for standard input.
-    #[arg(
-        value_name = "FILE",
-        conflicts_with = "batch_id",
-        required_unless_present = "batch_id"
-    )]
+    #[arg(value_name = "FILE", conflicts_with = "batch_id", required_unless_present = "batch_id")]
     body: Option<PathBuf>,
     /// The batch's id, in place of a body.
     #[arg(long, value_name = "ID")]
@@ -94,10 +90,7 @@ struct CommonArgs {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    let parsed = text
-        .parse::<SignedDuration>()
-        .ok()
-        .and_then(|d| Duration::try_from(d).ok());
+    let parsed = text.parse::<SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok());
     parsed
         .filter(|d| !d.is_zero())
         .ok_or_else(|| "not a duration with its unit, such as 60s".to_owned())
@@ -134,9 +127,7 @@ async fn ask(config: Option<&Path>, request: Request) -> anyhow::Result<ExitCode
         Request::Cancel(args) => (CommandKind::Cancel, args.body()?, args.common),
         Request::Get(args) => (CommandKind::Get, args.body()?, args.common),
     };
-    let message_id = common
-        .message_id
-        .unwrap_or_else(|| Uuid::now_v7().to_string());
+    let message_id = common.message_id.unwrap_or_else(|| Uuid::now_v7().to_string());
     ensure!(
         (1..=255).contains(&message_id.len()),
         "--message-id has {} bytes; give it 1 to 255",
@@ -155,11 +146,7 @@ async fn ask(config: Option<&Path>, request: Request) -> anyhow::Result<ExitCode
     out.write_all(&body)
         .and_then(|()| out.write_all(b"\n"))
         .context("the result cannot be printed")?;
-    Ok(if succeeded {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(FAILED)
-    })
+    Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
 }
 
 impl BatchArgs {
@@ -192,9 +179,7 @@ async fn healthcheck(config: Option<&Path>) -> anyhow::Result<ExitCode> {
     let port = Sources::read(config).port()?;
     let asking = async {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
-        stream
-            .write_all(b"GET /health/ready HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            .await?;
+        stream.write_all(b"GET /health/ready HTTP/1.0\r\nHost: localhost\r\n\r\n").await?;
         let mut answer = String::new();
         stream.take(4096).read_to_string(&mut answer).await?;
         Ok::<_, std::io::Error>(answer)

@@ -110,11 +110,8 @@ impl Sources {
         mut faults: Vec<String>,
     ) -> Self {
         let defaults = || File::from_str(DEFAULTS, FileFormat::Toml);
-        let environment = || {
-            Environment::default()
-                .ignore_empty(true)
-                .source(Some(environment.clone()))
-        };
+        let environment =
+            || Environment::default().ignore_empty(true).source(Some(environment.clone()));
         let mut builder = Config::builder().add_source(defaults());
         if let Some(path) = file {
             let source = File::from(path).format(FileFormat::Toml);
@@ -134,13 +131,10 @@ impl Sources {
                 Err(error) => faults.push(format!("{} cannot be read: {error}", path.display())),
             }
         }
-        let merged = builder
-            .add_source(environment())
-            .build()
-            .unwrap_or_else(|error| {
-                faults.push(format!("the settings cannot be read: {error}"));
-                Config::default()
-            });
+        let merged = builder.add_source(environment()).build().unwrap_or_else(|error| {
+            faults.push(format!("the settings cannot be read: {error}"));
+            Config::default()
+        });
         Self { merged, faults }
     }
 
@@ -157,9 +151,7 @@ impl Sources {
                 .parse("host", "an IP address", "0.0.0.0", |text| text.parse().ok())
                 .unwrap_or(std::net::Ipv4Addr::UNSPECIFIED.into()),
             port: self
-                .parse("port", "a port from 0 to 65535", "3099", |text| {
-                    text.parse().ok()
-                })
+                .parse("port", "a port from 0 to 65535", "3099", |text| text.parse().ok())
                 .unwrap_or_default(),
             elevenlabs_api_key: api_key.into(),
             elevenlabs_base_url: self
@@ -197,9 +189,7 @@ impl Sources {
 
     /// The port of the health endpoint.
     pub fn port(mut self) -> Result<u16, Faults> {
-        let port = self.parse("port", "a port from 0 to 65535", "3099", |text| {
-            text.parse().ok()
-        });
+        let port = self.parse("port", "a port from 0 to 65535", "3099", |text| text.parse().ok());
         self.end(port.unwrap_or_default())
     }
 
@@ -238,16 +228,9 @@ impl Sources {
     }
 
     fn log_settings(&mut self) -> LogSettings {
-        let filter = self.parse(
-            "log_level",
-            "a log level or tracing directives",
-            "info",
-            |text| {
-                tracing_subscriber::EnvFilter::try_new(text)
-                    .ok()
-                    .map(|_| text.to_owned())
-            },
-        );
+        let filter = self.parse("log_level", "a log level or tracing directives", "info", |text| {
+            tracing_subscriber::EnvFilter::try_new(text).ok().map(|_| text.to_owned())
+        });
         let format = self.parse("log_format", "text or json", "text", |text| match text {
             "text" => Some(LogFormat::Text),
             "json" => Some(LogFormat::Json),
@@ -260,16 +243,11 @@ impl Sources {
     }
 
     fn duration(&mut self, key: &str, example: &str) -> Duration {
-        let parsed = self.parse(
-            key,
-            "a duration from 1ms to 24h with its unit",
-            example,
-            |text| {
-                let duration = Duration::try_from(text.parse::<SignedDuration>().ok()?).ok()?;
-                let sensible = Duration::from_millis(1)..=Duration::from_secs(24 * 60 * 60);
-                sensible.contains(&duration).then_some(duration)
-            },
-        );
+        let parsed = self.parse(key, "a duration from 1ms to 24h with its unit", example, |text| {
+            let duration = Duration::try_from(text.parse::<SignedDuration>().ok()?).ok()?;
+            let sensible = Duration::from_millis(1)..=Duration::from_secs(24 * 60 * 60);
+            sensible.contains(&duration).then_some(duration)
+        });
         parsed.unwrap_or(Duration::from_millis(1))
     }
 
@@ -303,19 +281,13 @@ impl Sources {
     }
 
     fn end<T>(self, settings: T) -> Result<T, Faults> {
-        if self.faults.is_empty() {
-            Ok(settings)
-        } else {
-            Err(Faults(self.faults))
-        }
+        if self.faults.is_empty() { Ok(settings) } else { Err(Faults(self.faults)) }
     }
 }
 
 /// The settings there are: those that have a default.
 fn names() -> Vec<String> {
-    let defaults = File::from_str(DEFAULTS, FileFormat::Toml)
-        .collect()
-        .unwrap_or_default();
+    let defaults = File::from_str(DEFAULTS, FileFormat::Toml).collect().unwrap_or_default();
     defaults.keys().cloned().collect()
 }
 
@@ -361,8 +333,7 @@ fn shown_amqp_url(text: &str) -> Result<String, &'static str> {
         return Err("names no host");
     }
     if url.password().is_some() {
-        url.set_password(Some("***"))
-            .map_err(|()| "cannot have a password")?;
+        url.set_password(Some("***")).map_err(|()| "cannot have a password")?;
     }
     Ok(url.to_string())
 }
@@ -379,10 +350,8 @@ mod tests {
     use super::*;
 
     fn sources(file: Option<&Path>, environment: &[(&str, &str)]) -> Sources {
-        let environment = environment
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect();
+        let environment =
+            environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         Sources::merge(file, &environment, Vec::new())
     }
 
@@ -392,10 +361,7 @@ mod tests {
     fn the_defaults_are_those_of_the_contract() {
         let settings = sources(None, &[KEY]).worker().unwrap();
         assert_eq!(settings.port, 3099);
-        assert_eq!(
-            settings.elevenlabs_base_url.as_str(),
-            "https://api.elevenlabs.io/"
-        );
+        assert_eq!(settings.elevenlabs_base_url.as_str(), "https://api.elevenlabs.io/");
         assert_eq!(
             settings.broker.amqp_url.expose_secret(),
             "amqp://guest:guest@127.0.0.1:5672/%2f"
@@ -409,9 +375,7 @@ mod tests {
     fn a_file_beats_the_defaults_and_the_environment_beats_the_file() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(file, "prefetch = 7\nport = 4000").unwrap();
-        let settings = sources(Some(file.path()), &[KEY, ("PORT", "5000")])
-            .worker()
-            .unwrap();
+        let settings = sources(Some(file.path()), &[KEY, ("PORT", "5000")]).worker().unwrap();
         assert_eq!((settings.broker.prefetch, settings.port), (7, 5000));
     }
 
@@ -461,14 +425,8 @@ mod tests {
     #[test]
     fn a_missing_key_is_said_with_what_to_do() {
         let faults = sources(None, &[]).worker().unwrap_err().to_string();
-        assert!(
-            faults.starts_with("ELEVENLABS_API_KEY is missing; create a key"),
-            "{faults}"
-        );
-        assert!(
-            sources(None, &[]).request().is_ok(),
-            "a request needs no key"
-        );
+        assert!(faults.starts_with("ELEVENLABS_API_KEY is missing; create a key"), "{faults}");
+        assert!(sources(None, &[]).request().is_ok(), "a request needs no key");
     }
 
     #[test]
@@ -482,10 +440,7 @@ mod tests {
 
     #[test]
     fn an_empty_variable_counts_as_unset() {
-        assert_eq!(
-            sources(None, &[KEY, ("PORT", "")]).worker().unwrap().port,
-            3099
-        );
+        assert_eq!(sources(None, &[KEY, ("PORT", "")]).worker().unwrap().port, 3099);
         assert!(unused_url().has_host());
     }
 }

@@ -61,11 +61,7 @@ enum Attempts {
 impl Handler {
     /// A handler with an empty ledger.
     pub fn new(vendor: Client, retry: Policy) -> Self {
-        Self {
-            vendor,
-            ledger: Arc::default(),
-            retry,
-        }
+        Self { vendor, ledger: Arc::default(), retry }
     }
 
     /// Executes `message`. Waits as long as the retry policy says, and no longer once `stop` is
@@ -89,15 +85,11 @@ impl Handler {
         match job {
             Job::Submit(submit) => self.submit(&message, &command_id, &submit, stop).await,
             Job::Cancel(id) => {
-                let attempts = self
-                    .attempt(CommandKind::Cancel, stop, || self.cancel(&id))
-                    .await;
+                let attempts = self.attempt(CommandKind::Cancel, stop, || self.cancel(&id)).await;
                 finish(&message, &command_id, attempts)
             }
             Job::Get(id) => {
-                let attempts = self
-                    .attempt(CommandKind::Get, stop, || self.vendor.get(&id))
-                    .await;
+                let attempts = self.attempt(CommandKind::Get, stop, || self.vendor.get(&id)).await;
                 finish(&message, &command_id, attempts)
             }
         }
@@ -151,9 +143,7 @@ impl Handler {
         };
         let attempt = || self.vendor.submit(&job.request);
         let (result, attempts) = match self.attempt(CommandKind::Submit, stop, attempt).await {
-            Attempts::Ended {
-                result, attempts, ..
-            } => (result, attempts),
+            Attempts::Ended { result, attempts, .. } => (result, attempts),
             Attempts::Stopped => {
                 claim.release();
                 return Handled::GivenBack;
@@ -171,10 +161,7 @@ impl Handler {
                         "the batch exists, but its phone provider is not the one the command names"
                     );
                 }
-                Outcome::Succeeded {
-                    data: answer.data,
-                    warning,
-                }
+                Outcome::Succeeded { data: answer.data, warning }
             }
             Err(error) if error.class() == Class::Unknown => {
                 outcome_unknown(command_id, job, &error.to_string())
@@ -224,17 +211,11 @@ impl Handler {
                 Err(error) => {
                     in_doubt |= error.class() == Class::Unknown;
                     let retry = may_retry(kind, error.class());
-                    retry
-                        .then(|| schedule.next_wait(error.retry_after()))
-                        .flatten()
+                    retry.then(|| schedule.next_wait(error.retry_after())).flatten()
                 }
             };
             let (Some(wait), Err(error)) = (wait, &result) else {
-                return Attempts::Ended {
-                    result,
-                    attempts,
-                    in_doubt,
-                };
+                return Attempts::Ended { result, attempts, in_doubt };
             };
             info!(
                 command = kind.name(),
@@ -286,25 +267,16 @@ fn answered(
     outcome: Outcome,
     attempts: u32,
 ) -> Handled {
-    Handled::Answered(Arc::new(ResultEvent::new(
-        message, command_id, of, outcome, attempts,
-    )))
+    Handled::Answered(Arc::new(ResultEvent::new(message, command_id, of, outcome, attempts)))
 }
 
 fn finish(message: &CommandMessage, command_id: &str, ended: Attempts) -> Handled {
     let (result, attempts, in_doubt) = match ended {
-        Attempts::Ended {
-            result,
-            attempts,
-            in_doubt,
-        } => (result, attempts, in_doubt),
+        Attempts::Ended { result, attempts, in_doubt } => (result, attempts, in_doubt),
         Attempts::Stopped => return Handled::GivenBack,
     };
     let outcome = match result {
-        Ok(answer) => Outcome::Succeeded {
-            data: answer.data,
-            warning: None,
-        },
+        Ok(answer) => Outcome::Succeeded { data: answer.data, warning: None },
         Err(error)
             if in_doubt
                 && message.kind() == CommandKind::Cancel
@@ -327,22 +299,14 @@ fn finish(message: &CommandMessage, command_id: &str, ended: Attempts) -> Handle
 /// The result of an error that is not going to be retried.
 fn failure(error: &Error, attempts: u32) -> Outcome {
     let (code, error) = match error {
-        Error::Refused {
-            status: 401 | 403,
-            message,
-            ..
-        } => (
+        Error::Refused { status: 401 | 403, message, .. } => (
             ErrorCode::Unauthorized,
             format!(
                 "ElevenLabs refused the worker's API key: {message}. The operator of call-manager \
                  has to check ELEVENLABS_API_KEY and its permissions; then publish the command again."
             ),
         ),
-        Error::Refused {
-            status: 404,
-            message,
-            ..
-        } => (
+        Error::Refused { status: 404, message, .. } => (
             ErrorCode::NotFound,
             format!("ElevenLabs does not know it: {message}. Check the ids in the command."),
         ),

@@ -17,9 +17,7 @@ pub struct Readiness {
 
 impl Default for Readiness {
     fn default() -> Self {
-        Self {
-            missing: watch::Sender::new(Some("broker: not connected yet".to_owned())),
-        }
+        Self { missing: watch::Sender::new(Some("broker: not connected yet".to_owned())) }
     }
 }
 
@@ -57,15 +55,8 @@ struct Alive {
 
 async fn alive() -> Response {
     // The REST service's clients parse JavaScript's form: three digits of seconds, and Z.
-    let timestamp = jiff::Timestamp::now()
-        .strftime("%Y-%m-%dT%H:%M:%S.%3fZ")
-        .to_string();
-    Json(Alive {
-        status: "ok",
-        timestamp,
-        service: "call-manager",
-    })
-    .into_response()
+    let timestamp = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string();
+    Json(Alive { status: "ok", timestamp, service: "call-manager" }).into_response()
 }
 
 async fn ready(State(readiness): State<Readiness>) -> Response {

@@ -18,11 +18,8 @@ pub struct Policy {
 }
 
 /// The pace of attempts at the vendor; the horizon is a setting.
-pub const VENDOR: Policy = Policy {
-    initial: Duration::from_millis(500),
-    max: Duration::from_secs(10),
-    horizon: None,
-};
+pub const VENDOR: Policy =
+    Policy { initial: Duration::from_millis(500), max: Duration::from_secs(10), horizon: None };
 
 impl Policy {
     /// Starts the clock of one command (or of one connection).
@@ -83,9 +80,8 @@ mod tests {
     #[test]
     fn waits_grow_and_never_pass_the_longest() {
         let mut schedule = POLICY.start();
-        let waits: Vec<_> = (0..20)
-            .map(|_| schedule.wait_at(Duration::ZERO, None).unwrap())
-            .collect();
+        let waits: Vec<_> =
+            (0..20).map(|_| schedule.wait_at(Duration::ZERO, None).unwrap()).collect();
         assert!(waits[0] <= Duration::from_millis(750), "{waits:?}");
         assert!(waits[19] >= Duration::from_secs(5), "{waits:?}");
         assert!(waits.iter().all(|wait| *wait <= POLICY.max), "{waits:?}");
@@ -102,15 +98,8 @@ mod tests {
 
     #[test]
     fn without_a_horizon_there_is_always_a_next_time() {
-        let policy = Policy {
-            horizon: None,
-            ..POLICY
-        };
+        let policy = Policy { horizon: None, ..POLICY };
         let mut schedule = policy.start();
-        assert!(
-            schedule
-                .wait_at(Duration::from_secs(86_400), None)
-                .is_some()
-        );
+        assert!(schedule.wait_at(Duration::from_secs(86_400), None).is_some());
     }
 }

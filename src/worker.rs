@@ -19,18 +19,12 @@ use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
 
 /// How fast to connect again; there is no limit on attempts.
-const RECONNECT: Policy = Policy {
-    initial: Duration::from_millis(250),
-    max: Duration::from_secs(15),
-    horizon: None,
-};
+const RECONNECT: Policy =
+    Policy { initial: Duration::from_millis(250), max: Duration::from_secs(15), horizon: None };
 
 /// How fast to publish again what a full queue refused.
-const REPUBLISH: Policy = Policy {
-    initial: Duration::from_millis(100),
-    max: Duration::from_secs(5),
-    horizon: None,
-};
+const REPUBLISH: Policy =
+    Policy { initial: Duration::from_millis(100), max: Duration::from_secs(5), horizon: None };
 
 /// A generation that held so long was a good one: the next reconnect starts at the shortest wait.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
@@ -111,10 +105,7 @@ impl Worker {
                 }
                 Err(error) if !worked_once && error.needs_a_person() => return Err(error),
                 Err(error) => {
-                    error!(
-                        error = chain(&error),
-                        "no connection to the broker; trying again"
-                    );
+                    error!(error = chain(&error), "no connection to the broker; trying again");
                     readiness.lost(format!("broker: {error}"));
                 }
             }
@@ -183,11 +174,7 @@ impl Worker {
     async fn drain(&self) {
         let in_hand = &self.shared.in_hand;
         in_hand.close();
-        info!(
-            in_hand = in_hand.len(),
-            grace_s = self.grace.as_secs(),
-            "stopping"
-        );
+        info!(in_hand = in_hand.len(), grace_s = self.grace.as_secs(), "stopping");
         if timeout(self.grace, in_hand.wait()).await.is_err() {
             warn!(
                 in_hand = in_hand.len(),
@@ -207,20 +194,12 @@ async fn settle(
 ) {
     let started = Instant::now();
     let message = &delivery.message;
-    let event = match shared
-        .handler
-        .handle(Arc::clone(message), &link.ending)
-        .await
-    {
+    let event = match shared.handler.handle(Arc::clone(message), &link.ending).await {
         Handled::Answered(event) => event,
         Handled::GivenBack => return delivery.give_back().await,
     };
     if let Err(error) = publish(&link, &event, message.reply_to.as_deref()).await {
-        warn!(
-            command_id = event.command_id,
-            error = chain(&error),
-            "will be delivered again"
-        );
+        warn!(command_id = event.command_id, error = chain(&error), "will be delivered again");
         link.lost.cancel();
         return;
     }

@@ -24,12 +24,7 @@ impl Answer {
         content_type: &'static str,
         body: impl Into<Bytes>,
     ) -> Self {
-        Self {
-            status,
-            content_type,
-            body: body.into(),
-            retry_after: None,
-        }
+        Self { status, content_type, body: body.into(), retry_after: None }
     }
 
     pub(crate) fn json(status: StatusCode, body: &impl Serialize) -> Self {
@@ -48,10 +43,7 @@ impl Answer {
 
     /// `FastAPI`'s answer to a body, a path or a query that breaks the schema.
     pub(crate) fn invalid(wrong: &[Wrong]) -> Self {
-        Self::json(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            &json!({ "detail": wrong }),
-        )
+        Self::json(StatusCode::UNPROCESSABLE_ENTITY, &json!({ "detail": wrong }))
     }
 
     /// `FastAPI`'s own answer where there is no such route.
@@ -97,21 +89,11 @@ impl Refusal {
     }
 
     pub(crate) fn not_found(code: &'static str, message: String) -> Self {
-        Self {
-            status: StatusCode::NOT_FOUND,
-            kind: "not_found",
-            code,
-            message,
-        }
+        Self { status: StatusCode::NOT_FOUND, kind: "not_found", code, message }
     }
 
     pub(crate) fn bad_request(code: &'static str, message: String) -> Self {
-        Self {
-            status: StatusCode::BAD_REQUEST,
-            kind: "invalid_request",
-            code,
-            message,
-        }
+        Self { status: StatusCode::BAD_REQUEST, kind: "invalid_request", code, message }
     }
 
     pub(crate) fn answer(&self, request_id: &str) -> Answer {

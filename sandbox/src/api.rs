@@ -44,11 +44,7 @@ pub(crate) fn process(state: &State, call: &Call) -> Answer {
         }
         Operation::Export(id) => {
             let table = wire::csv(&state.store().export(id)?);
-            Ok(Answer::new(
-                StatusCode::OK,
-                "text/csv; charset=utf-8",
-                table,
-            ))
+            Ok(Answer::new(StatusCode::OK, "text/csv; charset=utf-8", table))
         }
         Operation::Unknown | Operation::WrongMethod => Ok(Answer::no_route(StatusCode::NOT_FOUND)),
     });
@@ -71,10 +67,7 @@ fn shown(answer: &impl Serialize) -> Answer {
 }
 
 fn submit(state: &State, call: &Call) -> Result<Answer, Refusal> {
-    let content_type = call
-        .headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|sent| sent.to_str().ok());
+    let content_type = call.headers.get(header::CONTENT_TYPE).and_then(|sent| sent.to_str().ok());
     match body::read(content_type, &call.body) {
         Ok(submit) => Ok(shown(&state.store().create(submit)?)),
         Err(wrong) => Ok(Answer::invalid(&wrong)),

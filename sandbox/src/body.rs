@@ -11,31 +11,17 @@ const MAX_RECIPIENTS: usize = 10_000;
 
 const TEXT: Kind = Kind::Text { max: None };
 const TEXT_OR_NULL: Kind = Kind::Nullable(&TEXT);
-const TEXTS_OR_NULL: Kind = Kind::Nullable(&Kind::List {
-    of: &TEXT,
-    max: usize::MAX,
-});
-const WHOLE: Kind = Kind::Whole {
-    min: i64::MIN,
-    max: i64::MAX,
-};
+const TEXTS_OR_NULL: Kind = Kind::Nullable(&Kind::List { of: &TEXT, max: usize::MAX });
+const WHOLE: Kind = Kind::Whole { min: i64::MIN, max: i64::MAX };
 const WHOLE_OR_NULL: Kind = Kind::Nullable(&WHOLE);
 const NUMBER_OR_NULL: Kind = Kind::Nullable(&Kind::Number);
 
 const fn required(name: &'static str, kind: Kind) -> Field {
-    Field {
-        name,
-        kind,
-        absent: Absent::Error,
-    }
+    Field { name, kind, absent: Absent::Error }
 }
 
 const fn optional(name: &'static str, kind: Kind) -> Field {
-    Field {
-        name,
-        kind,
-        absent: Absent::Null,
-    }
+    Field { name, kind, absent: Absent::Null }
 }
 
 const fn defaulted(name: &'static str, kind: Kind, absent: Absent) -> Field {
@@ -45,75 +31,38 @@ const fn defaulted(name: &'static str, kind: Kind, absent: Absent) -> Field {
 const SUBMIT: &[Field] = &[
     required("call_name", TEXT),
     required("agent_id", TEXT),
-    required(
-        "recipients",
-        Kind::List {
-            of: &Kind::Model(RECIPIENT),
-            max: MAX_RECIPIENTS,
-        },
-    ),
+    required("recipients", Kind::List { of: &Kind::Model(RECIPIENT), max: MAX_RECIPIENTS }),
     optional("scheduled_time_unix", WHOLE_OR_NULL),
     optional("agent_phone_number_id", TEXT_OR_NULL),
-    optional(
-        "whatsapp_params",
-        Kind::Nullable(&Kind::Model(WHATSAPP_PARAMS)),
-    ),
+    optional("whatsapp_params", Kind::Nullable(&Kind::Model(WHATSAPP_PARAMS))),
     optional("timezone", TEXT_OR_NULL),
     optional("branch_id", TEXT_OR_NULL),
     optional("environment", TEXT_OR_NULL),
-    defaulted(
-        "telephony_call_config",
-        Kind::Model(TELEPHONY_CALL_CONFIG),
-        Absent::Empty,
-    ),
-    optional(
-        "target_concurrency_limit",
-        Kind::Nullable(&Kind::Whole {
-            min: 1,
-            max: i64::MAX,
-        }),
-    ),
+    defaulted("telephony_call_config", Kind::Model(TELEPHONY_CALL_CONFIG), Absent::Empty),
+    optional("target_concurrency_limit", Kind::Nullable(&Kind::Whole { min: 1, max: i64::MAX })),
 ];
 
 const WHATSAPP_PARAMS: &[Field] = &[
     optional("whatsapp_phone_number_id", TEXT_OR_NULL),
     required("whatsapp_call_permission_request_template_name", TEXT),
-    required(
-        "whatsapp_call_permission_request_template_language_code",
-        TEXT,
-    ),
+    required("whatsapp_call_permission_request_template_language_code", TEXT),
 ];
 
 const TELEPHONY_CALL_CONFIG: &[Field] = &[
-    defaulted(
-        "ringing_timeout_secs",
-        Kind::Whole { min: 1, max: 999 },
-        Absent::Whole(60),
-    ),
-    defaulted(
-        "twilio_call_recording_enabled",
-        Kind::Flag,
-        Absent::Flag(false),
-    ),
+    defaulted("ringing_timeout_secs", Kind::Whole { min: 1, max: 999 }, Absent::Whole(60)),
+    defaulted("twilio_call_recording_enabled", Kind::Flag, Absent::Flag(false)),
 ];
 
 const RECIPIENT: &[Field] = &[
     optional("id", TEXT_OR_NULL),
     optional("phone_number", TEXT_OR_NULL),
     optional("whatsapp_user_id", TEXT_OR_NULL),
-    optional(
-        "conversation_initiation_client_data",
-        Kind::Nullable(&Kind::Model(CLIENT_DATA)),
-    ),
+    optional("conversation_initiation_client_data", Kind::Nullable(&Kind::Model(CLIENT_DATA))),
 ];
 
 // In the order of the answer's model: what is shaped here is what comes back from a get.
 const CLIENT_DATA: &[Field] = &[
-    defaulted(
-        "conversation_config_override",
-        Kind::Model(CONFIG_OVERRIDE),
-        Absent::Empty,
-    ),
+    defaulted("conversation_config_override", Kind::Model(CONFIG_OVERRIDE), Absent::Empty),
     defaulted("custom_llm_extra_body", Kind::Free, Absent::Empty),
     optional("user_id", TEXT_OR_NULL),
     defaulted("source_info", Kind::Model(SOURCE_INFO), Absent::Empty),
@@ -131,16 +80,10 @@ const SOURCE_INFO: &[Field] = &[
 ];
 
 const CONFIG_OVERRIDE: &[Field] = &[
-    optional(
-        "asr",
-        Kind::Nullable(&Kind::Model(&[optional("keywords", TEXTS_OR_NULL)])),
-    ),
+    optional("asr", Kind::Nullable(&Kind::Model(&[optional("keywords", TEXTS_OR_NULL)]))),
     optional("turn", Kind::Nullable(&Kind::Model(TURN_OVERRIDE))),
     optional("tts", Kind::Nullable(&Kind::Model(TTS_OVERRIDE))),
-    optional(
-        "conversation",
-        Kind::Nullable(&Kind::Model(CONVERSATION_OVERRIDE)),
-    ),
+    optional("conversation", Kind::Nullable(&Kind::Model(CONVERSATION_OVERRIDE))),
     optional("agent", Kind::Nullable(&Kind::Model(AGENT_OVERRIDE))),
 ];
 
@@ -170,17 +113,12 @@ const TTS_OVERRIDE: &[Field] = &[
     optional("similarity_boost", NUMBER_OR_NULL),
     optional(
         "pronunciation_dictionary_locators",
-        Kind::Nullable(&Kind::List {
-            of: &Kind::Model(DICTIONARY),
-            max: usize::MAX,
-        }),
+        Kind::Nullable(&Kind::List { of: &Kind::Model(DICTIONARY), max: usize::MAX }),
     ),
 ];
 
-const DICTIONARY: &[Field] = &[
-    required("pronunciation_dictionary_id", TEXT),
-    required("version_id", TEXT_OR_NULL),
-];
+const DICTIONARY: &[Field] =
+    &[required("pronunciation_dictionary_id", TEXT), required("version_id", TEXT_OR_NULL)];
 
 const CONVERSATION_OVERRIDE: &[Field] = &[
     optional("text_only", Kind::Nullable(&Kind::Flag)),
@@ -202,10 +140,7 @@ const PROMPT_OVERRIDE: &[Field] = &[
     optional("native_mcp_server_ids", TEXTS_OR_NULL),
     optional(
         "knowledge_base",
-        Kind::Nullable(&Kind::List {
-            of: &Kind::Model(KNOWLEDGE_BASE),
-            max: usize::MAX,
-        }),
+        Kind::Nullable(&Kind::List { of: &Kind::Model(KNOWLEDGE_BASE), max: usize::MAX }),
     ),
 ];
 
@@ -213,11 +148,7 @@ const KNOWLEDGE_BASE: &[Field] = &[
     required("type", Kind::Word(&["file", "url", "text", "folder"])),
     required("name", TEXT),
     required("id", TEXT),
-    defaulted(
-        "usage_mode",
-        Kind::Word(&["prompt", "auto"]),
-        Absent::Word("auto"),
-    ),
+    defaulted("usage_mode", Kind::Word(&["prompt", "auto"]), Absent::Word("auto")),
 ];
 
 /// A submit that passed the check, with every default filled in.
@@ -261,12 +192,7 @@ pub(crate) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Submit, Ve
         return Err(vec![Wrong::new(&[BODY], "missing", "Field required")]);
     }
     let is_json = content_type.is_none_or(|sent| {
-        let media_type = sent
-            .split(';')
-            .next()
-            .unwrap_or_default()
-            .trim()
-            .to_lowercase();
+        let media_type = sent.split(';').next().unwrap_or_default().trim().to_lowercase();
         media_type == "application/json"
             || (media_type.starts_with("application/") && media_type.ends_with("+json"))
     });
@@ -282,9 +208,5 @@ pub(crate) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Submit, Ve
 }
 
 fn not_json(broken: &serde_json::Error) -> Wrong {
-    Wrong::new(
-        &[BODY, Step::Index(broken.column())],
-        "json_invalid",
-        "JSON decode error",
-    )
+    Wrong::new(&[BODY, Step::Index(broken.column())], "json_invalid", "JSON decode error")
 }

@@ -12,16 +12,8 @@ pub(crate) struct Clock {
 impl Clock {
     /// `speed` is seconds of batch life per second; what is no such number counts as 0.
     pub(crate) fn new(speed: f64) -> Self {
-        let speed = if speed.is_finite() {
-            speed.max(0.0)
-        } else {
-            0.0
-        };
-        Self {
-            started: Instant::now(),
-            speed,
-            by_hand: Duration::ZERO,
-        }
+        let speed = if speed.is_finite() { speed.max(0.0) } else { 0.0 };
+        Self { started: Instant::now(), speed, by_hand: Duration::ZERO }
     }
 
     pub(crate) fn advance(&mut self, by: Duration) {
@@ -31,9 +23,7 @@ impl Clock {
     /// Batch life since the start.
     pub(crate) fn life(&self) -> Duration {
         let moved = self.started.elapsed().as_secs_f64() * self.speed;
-        Duration::try_from_secs_f64(moved)
-            .unwrap_or(Duration::MAX)
-            .saturating_add(self.by_hand)
+        Duration::try_from_secs_f64(moved).unwrap_or(Duration::MAX).saturating_add(self.by_hand)
     }
 
     /// Wall time since the start, moved forward by hand like batch life.
@@ -44,8 +34,6 @@ impl Clock {
 
 /// The wall clock's time, in whole seconds since 1970.
 pub(crate) fn unix_now() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }

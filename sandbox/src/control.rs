@@ -70,10 +70,7 @@ fn fault(sent: Value) -> Result<Fault, String> {
 fn advance(state: &State, body: &[u8]) -> Result<Value, String> {
     let sent: Advance = serde_json::from_slice(body).map_err(|error| error.to_string())?;
     if !(0.0..=LARGEST_STEP_SECS).contains(&sent.seconds) {
-        return Err(format!(
-            "seconds must be 0 to {LARGEST_STEP_SECS}, not {}",
-            sent.seconds
-        ));
+        return Err(format!("seconds must be 0 to {LARGEST_STEP_SECS}, not {}", sent.seconds));
     }
     let by = Duration::try_from_secs_f64(sent.seconds).map_err(|error| error.to_string())?;
     state.store().advance(by);

@@ -96,10 +96,7 @@ pub enum Body {
     Text(String),
 }
 
-#[expect(
-    clippy::unnecessary_wraps,
-    reason = "serde wants a function of the field's type"
-)]
+#[expect(clippy::unnecessary_wraps, reason = "serde wants a function of the field's type")]
 fn once() -> Option<u32> {
     Some(1)
 }
@@ -111,50 +108,31 @@ fn always() -> f64 {
 impl Fault {
     /// A fault that happens to the next request on the route.
     pub fn on(route: Route, effect: Effect) -> Self {
-        Self {
-            route,
-            times: once(),
-            probability: always(),
-            seed: 0,
-            effect,
-        }
+        Self { route, times: once(), probability: always(), seed: 0, effect }
     }
 
     /// The same for the next so many requests.
     #[must_use]
     pub fn times(self, times: u32) -> Self {
-        Self {
-            times: Some(times),
-            ..self
-        }
+        Self { times: Some(times), ..self }
     }
 
     /// The same for every request until the faults are cleared.
     #[must_use]
     pub fn until_cleared(self) -> Self {
-        Self {
-            times: None,
-            ..self
-        }
+        Self { times: None, ..self }
     }
 
     /// The same, taken only with a probability of 0 to 1, chosen by the seed.
     #[must_use]
     pub fn with_probability(self, probability: f64, seed: u64) -> Self {
-        Self {
-            probability,
-            seed,
-            ..self
-        }
+        Self { probability, seed, ..self }
     }
 
     /// What is wrong with the order, as a sentence.
     pub(crate) fn check(&self) -> Result<(), String> {
         if !(0.0..=1.0).contains(&self.probability) {
-            return Err(format!(
-                "probability must be 0 to 1, not {}",
-                self.probability
-            ));
+            return Err(format!("probability must be 0 to 1, not {}", self.probability));
         }
         if let Effect::Status(reply) = &self.effect {
             if !(200..=599).contains(&reply.status) {
@@ -212,48 +190,31 @@ impl Effect {
 impl Reply {
     /// An empty answer; not processed.
     pub fn new(status: u16) -> Self {
-        Self {
-            status,
-            body: None,
-            retry_after: None,
-            processed: false,
-        }
+        Self { status, body: None, retry_after: None, processed: false }
     }
 
     /// The same with a JSON body.
     #[must_use]
     pub fn json(self, body: Value) -> Self {
-        Self {
-            body: Some(Body::Json(body)),
-            ..self
-        }
+        Self { body: Some(Body::Json(body)), ..self }
     }
 
     /// The same with a body of text or HTML.
     #[must_use]
     pub fn text(self, body: &str) -> Self {
-        Self {
-            body: Some(Body::Text(body.to_owned())),
-            ..self
-        }
+        Self { body: Some(Body::Text(body.to_owned())), ..self }
     }
 
     /// The same with a `Retry-After` header, sent as it is.
     #[must_use]
     pub fn retry_after(self, value: &str) -> Self {
-        Self {
-            retry_after: Some(value.to_owned()),
-            ..self
-        }
+        Self { retry_after: Some(value.to_owned()), ..self }
     }
 
     /// The same after the vendor did what was asked.
     #[must_use]
     pub fn processed(self) -> Self {
-        Self {
-            processed: true,
-            ..self
-        }
+        Self { processed: true, ..self }
     }
 }
 
@@ -290,14 +251,9 @@ impl FaultQueue {
             fault.check()?;
         }
         if self.waiting.len() + faults.len() > MAX_FAULTS {
-            return Err(format!(
-                "at most {MAX_FAULTS} faults may wait; clear them first"
-            ));
+            return Err(format!("at most {MAX_FAULTS} faults may wait; clear them first"));
         }
-        self.waiting.extend(faults.into_iter().map(|fault| Waiting {
-            random: fault.seed,
-            fault,
-        }));
+        self.waiting.extend(faults.into_iter().map(|fault| Waiting { random: fault.seed, fault }));
         Ok(())
     }
 
@@ -308,8 +264,7 @@ impl FaultQueue {
     /// What happens to a request on this route.
     pub(crate) fn take(&mut self, route: Route) -> Option<Effect> {
         // A fault ordered for no request at all would otherwise wait for ever.
-        self.waiting
-            .retain(|waiting| waiting.fault.times != Some(0));
+        self.waiting.retain(|waiting| waiting.fault.times != Some(0));
         let at = self.waiting.iter_mut().position(|waiting| {
             let fault = &waiting.fault;
             let matches = fault.route == Route::Any || fault.route == route;
@@ -367,9 +322,7 @@ mod tests {
         let chosen = |seed| {
             let fault = Fault::on(Route::Any, Effect::Garbage).until_cleared();
             let mut queue = queue(vec![fault.with_probability(0.25, seed)]);
-            (0..1000)
-                .map(|_| queue.take(Route::List).is_some())
-                .collect::<Vec<_>>()
+            (0..1000).map(|_| queue.take(Route::List).is_some()).collect::<Vec<_>>()
         };
         let hits = chosen(7).iter().filter(|hit| **hit).count();
         assert!((200..300).contains(&hits), "{hits} of 1000");
@@ -380,18 +333,12 @@ mod tests {
     #[test]
     fn the_json_of_every_effect_is_what_its_documentation_says() {
         for (text, effect) in [
-            (
-                r#"{"latency_ms":250}"#,
-                Effect::Latency(Duration::from_millis(250)),
-            ),
+            (r#"{"latency_ms":250}"#, Effect::Latency(Duration::from_millis(250))),
             (r#""reset_before""#, Effect::ResetBefore),
             (r#""reset_after""#, Effect::ResetAfter),
             (r#""close_before""#, Effect::CloseBefore),
             (r#""close_after""#, Effect::CloseAfter),
-            (
-                r#"{"hang":{"processed":true}}"#,
-                Effect::Hang { processed: true },
-            ),
+            (r#"{"hang":{"processed":true}}"#, Effect::Hang { processed: true }),
             (r#""garbage""#, Effect::Garbage),
             (r#""truncated""#, Effect::Truncated),
         ] {
@@ -403,10 +350,7 @@ mod tests {
         )
         .unwrap();
         let reply = Reply::new(429).retry_after("2");
-        assert_eq!(
-            read,
-            Fault::on(Route::Submit, Effect::Status(reply)).until_cleared()
-        );
+        assert_eq!(read, Fault::on(Route::Submit, Effect::Status(reply)).until_cleared());
     }
 
     #[test]

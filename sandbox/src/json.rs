@@ -121,10 +121,8 @@ mod tests {
 
     #[test]
     fn of_a_name_sent_twice_the_last_one_counts() {
-        let mut fields = vec![
-            ("a".to_owned(), Json::Bool(false)),
-            ("a".to_owned(), Json::Bool(true)),
-        ];
+        let mut fields =
+            vec![("a".to_owned(), Json::Bool(false)), ("a".to_owned(), Json::Bool(true))];
         assert_eq!(Json::take(&mut fields, "a"), Some(Json::Bool(true)));
     }
 }

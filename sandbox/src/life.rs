@@ -211,11 +211,7 @@ impl Life {
             status,
             CallStatus::InProgress | CallStatus::Completed | CallStatus::Voicemail
         );
-        CallNow {
-            status,
-            since,
-            conversation: answered.then_some(call.attempt),
-        }
+        CallNow { status, since, conversation: answered.then_some(call.attempt) }
     }
 
     pub(crate) fn progress(&self, age: Duration) -> Progress {
@@ -233,11 +229,7 @@ impl Life {
         let status = if self.cancelled.is_some() {
             BatchStatus::Cancelled
         } else if finished == total {
-            if failed == total && total > 0 {
-                BatchStatus::Failed
-            } else {
-                BatchStatus::Completed
-            }
+            if failed == total && total > 0 { BatchStatus::Failed } else { BatchStatus::Completed }
         } else if dispatched == 0 && self.retried.is_none() {
             BatchStatus::Pending
         } else {
@@ -262,9 +254,8 @@ impl Life {
         age: Duration,
         number_of: impl Fn(usize) -> Option<&'a str>,
     ) -> bool {
-        let again: Vec<usize> = (0..self.calls.len())
-            .filter(|index| self.calls[*index].is_to_be_repeated())
-            .collect();
+        let again: Vec<usize> =
+            (0..self.calls.len()).filter(|index| self.calls[*index].is_to_be_repeated()).collect();
         if again.is_empty() {
             return false;
         }
@@ -292,27 +283,15 @@ mod tests {
         Cancelled, Completed, Dispatched, Failed, InProgress, Initiated, Pending, Voicemail,
     };
 
-    const NUMBERS: [&str; 4] = [
-        "+14155550100",
-        "+14155550107",
-        "+14155550108",
-        "+14155550109",
-    ];
+    const NUMBERS: [&str; 4] = ["+14155550100", "+14155550107", "+14155550108", "+14155550109"];
 
     fn life() -> Life {
-        Life::new(
-            NUMBERS.iter().map(|n| Some(*n)),
-            Duration::ZERO,
-            Duration::from_secs(30),
-            None,
-        )
+        Life::new(NUMBERS.iter().map(|n| Some(*n)), Duration::ZERO, Duration::from_secs(30), None)
     }
 
     fn statuses(life: &Life, second: u64) -> Vec<CallStatus> {
         let age = Duration::from_secs(second);
-        (0..life.calls.len())
-            .map(|index| life.call(index, age).status)
-            .collect()
+        (0..life.calls.len()).map(|index| life.call(index, age).status).collect()
     }
 
     #[test]
@@ -321,14 +300,8 @@ mod tests {
         assert_eq!(statuses(&life, 0), [Pending; 4]);
         assert_eq!(statuses(&life, 1), [Dispatched; 4]);
         assert_eq!(statuses(&life, 3), [Initiated; 4]);
-        assert_eq!(
-            statuses(&life, 7),
-            [InProgress, Failed, InProgress, Initiated]
-        );
-        assert_eq!(
-            statuses(&life, 21),
-            [Completed, Failed, Voicemail, Initiated]
-        );
+        assert_eq!(statuses(&life, 7), [InProgress, Failed, InProgress, Initiated]);
+        assert_eq!(statuses(&life, 21), [Completed, Failed, Voicemail, Initiated]);
         assert_eq!(statuses(&life, 32), [Completed, Failed, Voicemail, Failed]);
     }
 
@@ -350,15 +323,7 @@ mod tests {
         let numbers = [Some("+14155550100"); 3].into_iter();
         let life = Life::new(numbers, Duration::ZERO, Duration::from_secs(30), Some(1));
         let dispatched = |second| life.progress(Duration::from_secs(second)).dispatched;
-        assert_eq!(
-            [
-                dispatched(1),
-                dispatched(20),
-                dispatched(21),
-                dispatched(41)
-            ],
-            [1, 1, 2, 3]
-        );
+        assert_eq!([dispatched(1), dispatched(20), dispatched(21), dispatched(41)], [1, 1, 2, 3]);
     }
 
     #[test]
@@ -368,18 +333,9 @@ mod tests {
         assert!(life.retry(age, |index| Some(NUMBERS[index])));
         assert_eq!(life.retry_count, 1);
         let now = life.progress(age);
-        assert_eq!(
-            (now.status, now.scheduled, now.finished),
-            (BatchStatus::InProgress, 6, 4)
-        );
-        assert_eq!(
-            statuses(&life, 100),
-            [Completed, Pending, Voicemail, Pending]
-        );
-        assert_eq!(
-            statuses(&life, 121),
-            [Completed, Completed, Voicemail, Completed]
-        );
+        assert_eq!((now.status, now.scheduled, now.finished), (BatchStatus::InProgress, 6, 4));
+        assert_eq!(statuses(&life, 100), [Completed, Pending, Voicemail, Pending]);
+        assert_eq!(statuses(&life, 121), [Completed, Completed, Voicemail, Completed]);
         assert!(!life.retry(Duration::from_secs(200), |index| Some(NUMBERS[index])));
     }
 
@@ -387,14 +343,8 @@ mod tests {
     fn a_cancel_stops_what_has_not_ended() {
         let mut life = life();
         life.cancel(Duration::from_secs(7));
-        assert_eq!(
-            statuses(&life, 500),
-            [Cancelled, Failed, Cancelled, Cancelled]
-        );
+        assert_eq!(statuses(&life, 500), [Cancelled, Failed, Cancelled, Cancelled]);
         let now = life.progress(Duration::from_secs(500));
-        assert_eq!(
-            (now.status, now.since),
-            (BatchStatus::Cancelled, Duration::from_secs(7))
-        );
+        assert_eq!((now.status, now.since), (BatchStatus::Cancelled, Duration::from_secs(7)));
     }
 }

@@ -24,12 +24,7 @@ struct Arguments {
     listen: SocketAddr,
 
     /// The key that clients must send as xi-api-key.
-    #[arg(
-        long,
-        env = "SANDBOX_API_KEY",
-        default_value = "sandbox-key",
-        hide_env_values = true
-    )]
+    #[arg(long, env = "SANDBOX_API_KEY", default_value = "sandbox-key", hide_env_values = true)]
     api_key: String,
 
     /// How fast batches move: 1 is lifelike (a conversation takes 20 s), 60 turns a minute into a

@@ -161,10 +161,7 @@ mod tests {
         }
         assert_eq!(log.entries.len(), MAX_REQUESTS);
         assert_eq!(log.body_bytes, 2 * MAX_REQUESTS);
-        assert_eq!(
-            log.entry(newest).unwrap().path,
-            (MAX_REQUESTS + 4).to_string()
-        );
+        assert_eq!(log.entry(newest).unwrap().path, (MAX_REQUESTS + 4).to_string());
         assert!(log.entry(4).is_none());
         assert_eq!(log.entry(5).unwrap().path, "5");
     }

@@ -51,10 +51,8 @@ impl Operation {
         let Some(rest) = path.strip_prefix(BASE) else {
             return Self::Unknown;
         };
-        let parts: Vec<Cow<'_, str>> = rest
-            .split('/')
-            .map(|part| percent_decode_str(part).decode_utf8_lossy())
-            .collect();
+        let parts: Vec<Cow<'_, str>> =
+            rest.split('/').map(|part| percent_decode_str(part).decode_utf8_lossy()).collect();
         let parts: Vec<&str> = parts.iter().map(AsRef::as_ref).collect();
         let id = |id: &str| id.to_owned();
         match (method.as_str(), parts.as_slice()) {
@@ -106,15 +104,8 @@ mod tests {
             ("GET", "", Operation::Unknown),
         ] {
             let method = method.parse().unwrap();
-            assert_eq!(
-                Operation::of(&method, &format!("{BASE}{path}")),
-                operation,
-                "{path}"
-            );
+            assert_eq!(Operation::of(&method, &format!("{BASE}{path}")), operation, "{path}");
         }
-        assert_eq!(
-            Operation::of(&Method::GET, "/v1/voices"),
-            Operation::Unknown
-        );
+        assert_eq!(Operation::of(&Method::GET, "/v1/voices"), Operation::Unknown);
     }
 }

@@ -69,26 +69,15 @@ pub(crate) struct Wrong {
 
 impl Wrong {
     pub(crate) fn new(loc: &[Step], kind: &'static str, msg: impl Into<String>) -> Self {
-        Self {
-            loc: loc.to_vec(),
-            msg: msg.into(),
-            kind,
-        }
+        Self { loc: loc.to_vec(), msg: msg.into(), kind }
     }
 }
 
 /// The shaped value, or everything that is wrong with it.
 pub(crate) fn check(kind: Kind, value: Json, root: Step) -> Result<Json, Vec<Wrong>> {
-    let mut checker = Checker {
-        at: vec![root],
-        wrong: Vec::new(),
-    };
+    let mut checker = Checker { at: vec![root], wrong: Vec::new() };
     let shaped = checker.shape(kind, value);
-    if checker.wrong.is_empty() {
-        Ok(shaped)
-    } else {
-        Err(checker.wrong)
-    }
+    if checker.wrong.is_empty() { Ok(shaped) } else { Err(checker.wrong) }
 }
 
 struct Checker {

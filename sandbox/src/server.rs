@@ -66,9 +66,7 @@ impl Sandbox {
             tasks: TaskTracker::new(),
         };
         let (state, stop) = (Arc::clone(&sandbox.state), sandbox.stop.clone());
-        sandbox
-            .tasks
-            .spawn(accept(listener, state, stop, sandbox.tasks.clone()));
+        sandbox.tasks.spawn(accept(listener, state, stop, sandbox.tasks.clone()));
         Ok(sandbox)
     }
 
@@ -158,12 +156,7 @@ async fn serve(stream: TcpStream, state: Arc<State>, stop: CancellationToken, ta
         tracing::debug!(%error, "the connection has gone already");
     }
     let (ending, mut endings) = mpsc::channel(1);
-    let service = Service {
-        state,
-        tasks,
-        stop: stop.clone(),
-        ending,
-    };
+    let service = Service { state, tasks, stop: stop.clone(), ending };
     let respond = service_fn(move |request| service.clone().respond(request));
     let mut connection = http1::Builder::new().serve_connection(TokioIo::new(stream), respond);
     let ending = tokio::select! {

@@ -125,9 +125,7 @@ impl Service {
             (Some(Effect::Truncated), answer) => {
                 seen.answered(StatusCode::OK);
                 let whole = answer.map(|answer| answer.body).unwrap_or_default();
-                return self
-                    .end(Ending::Close(truncated(&whole, &request_id)))
-                    .await;
+                return self.end(Ending::Close(truncated(&whole, &request_id))).await;
             }
             (None | Some(Effect::Latency(_)), Some(answer)) => respond(answer),
             // The stop of the sandbox came before the answer.
@@ -196,11 +194,7 @@ impl Seen {
         let fault = effect.map(Effect::name);
         let number = state.log().push(Entry {
             method: head.method.to_string(),
-            path: head
-                .uri
-                .path_and_query()
-                .map(ToString::to_string)
-                .unwrap_or_default(),
+            path: head.uri.path_and_query().map(ToString::to_string).unwrap_or_default(),
             route,
             status: None,
             fault,
@@ -249,10 +243,7 @@ fn new_id() -> String {
 }
 
 fn too_large() -> Answer {
-    Answer::json(
-        StatusCode::PAYLOAD_TOO_LARGE,
-        &json!({"detail": "Request Entity Too Large"}),
-    )
+    Answer::json(StatusCode::PAYLOAD_TOO_LARGE, &json!({"detail": "Request Entity Too Large"}))
 }
 
 fn faulty(reply: Reply) -> Answer {
@@ -264,19 +255,12 @@ fn faulty(reply: Reply) -> Answer {
         Some(Body::Text(text)) if text.starts_with('<') => Answer::new(status, "text/html", text),
         Some(Body::Text(text)) => Answer::new(status, "text/plain", text),
     };
-    Answer {
-        retry_after: reply.retry_after,
-        ..answer
-    }
+    Answer { retry_after: reply.retry_after, ..answer }
 }
 
 /// The first half of an answer, under a length for all of it.
 fn truncated(whole: &[u8], request_id: &str) -> Bytes {
-    let whole = if whole.is_empty() {
-        b"{}".as_slice()
-    } else {
-        whole
-    };
+    let whole = if whole.is_empty() { b"{}".as_slice() } else { whole };
     let head = format!(
         "HTTP/1.1 200 OK\r\ncontent-type: {JSON}\r\nrequest-id: {request_id}\r\n\
          content-length: {}\r\n\r\n",
@@ -291,10 +275,7 @@ fn written(answer: Answer, route: Route, request_id: &str, concurrent: usize) ->
     *response.status_mut() = answer.status;
     let headers = response.headers_mut();
     if !answer.content_type.is_empty() {
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static(answer.content_type),
-        );
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(answer.content_type));
     }
     if answer.content_type.starts_with("text/csv") {
         let value = HeaderValue::from_static("attachment; filename=\"batch_call.csv\"");

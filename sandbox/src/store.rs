@@ -38,12 +38,7 @@ struct Record {
 
 impl Store {
     pub(crate) fn new(clock: Clock, list_lag: Duration) -> Self {
-        Self {
-            clock,
-            list_lag,
-            records: Vec::new(),
-            by_id: HashMap::new(),
-        }
+        Self { clock, list_lag, records: Vec::new(), by_id: HashMap::new() }
     }
 
     pub(crate) fn advance(&mut self, by: Duration) {
@@ -63,9 +58,7 @@ impl Store {
         }
         let created_at_unix = unix_now();
         // A time that is past, like none, is due at once.
-        let due = submit
-            .scheduled_time_unix
-            .map_or(0, |at| at.saturating_sub(created_at_unix));
+        let due = submit.scheduled_time_unix.map_or(0, |at| at.saturating_sub(created_at_unix));
         let life = Life::new(
             submit.recipients.iter().map(NewRecipient::number),
             Duration::from_secs(u64::try_from(due).unwrap_or(0)),
@@ -90,10 +83,7 @@ impl Store {
     pub(crate) fn get(&self, id: &str) -> Result<BatchCall<'_>, Refusal> {
         let record = &self.records[self.find(id)?];
         let recipients = Some(record.recipients(&self.clock));
-        Ok(BatchCall {
-            recipients,
-            ..record.summary(&self.clock)
-        })
+        Ok(BatchCall { recipients, ..record.summary(&self.clock) })
     }
 
     // What the vendor answers to a cancel of a batch that has ended is not documented: a refusal
@@ -108,10 +98,7 @@ impl Store {
             BatchStatus::Failed => Some(("already_failed", "has already failed")),
         };
         if let Some((code, what)) = ended {
-            return Err(Refusal::bad_request(
-                code,
-                format!("Batch call {id} {what}."),
-            ));
+            return Err(Refusal::bad_request(code, format!("Batch call {id} {what}.")));
         }
         self.records[at].life.cancel(age);
         Ok(self.records[at].summary(&self.clock))
@@ -123,10 +110,8 @@ impl Store {
         let at = self.find(id)?;
         let record = &mut self.records[at];
         let age = record.age(&self.clock);
-        if !matches!(
-            record.life.progress(age).status,
-            BatchStatus::Completed | BatchStatus::Failed
-        ) {
+        if !matches!(record.life.progress(age).status, BatchStatus::Completed | BatchStatus::Failed)
+        {
             let message = format!("Batch call {id} has not run to its end, so it has no retry.");
             return Err(Refusal::bad_request("batch_call_not_finished", message));
         }
@@ -178,36 +163,20 @@ impl Store {
         let batches: Vec<&Record> = shown.by_ref().take(limit).collect();
         let has_more = shown.next().is_some();
         Ok(Page {
-            next_doc: batches
-                .last()
-                .filter(|_| has_more)
-                .map(|record| record.id.as_str()),
-            batch_calls: batches
-                .iter()
-                .map(|record| record.summary(&self.clock))
-                .collect(),
+            next_doc: batches.last().filter(|_| has_more).map(|record| record.id.as_str()),
+            batch_calls: batches.iter().map(|record| record.summary(&self.clock)).collect(),
             has_more,
         })
     }
 
     pub(crate) fn batches(&self) -> Vec<Batch> {
-        self.records
-            .iter()
-            .map(|record| record.seen(&self.clock))
-            .collect()
+        self.records.iter().map(|record| record.seen(&self.clock)).collect()
     }
 
     fn find(&self, id: &str) -> Result<usize, Refusal> {
-        self.by_id
-            .get(id)
-            .copied()
-            .filter(|at| !self.records[*at].deleted)
-            .ok_or_else(|| {
-                Refusal::not_found(
-                    "batch_call_not_found",
-                    format!("Batch call {id} was not found."),
-                )
-            })
+        self.by_id.get(id).copied().filter(|at| !self.records[*at].deleted).ok_or_else(|| {
+            Refusal::not_found("batch_call_not_found", format!("Batch call {id} was not found."))
+        })
     }
 }
 
@@ -297,10 +266,7 @@ impl Record {
             retry_count: self.life.retry_count,
             deleted: self.deleted,
             created_at_unix: self.created_at_unix,
-            scheduled_time_unix: self
-                .submit
-                .scheduled_time_unix
-                .unwrap_or(self.created_at_unix),
+            scheduled_time_unix: self.submit.scheduled_time_unix.unwrap_or(self.created_at_unix),
             recipients: each
                 .map(|(index, recipient)| Recipient {
                     id: self.recipient_id(index),

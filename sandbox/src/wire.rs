@@ -45,11 +45,8 @@ pub(crate) struct Extra {
     ordinal: u64,
 }
 
-pub(crate) const EXTRA: Extra = Extra {
-    zone: "größer",
-    adequacy: 1.0,
-    ordinal: 9_007_199_254_740_993,
-};
+pub(crate) const EXTRA: Extra =
+    Extra { zone: "größer", adequacy: 1.0, ordinal: 9_007_199_254_740_993 };
 
 /// An `OutboundCallRecipientResponseModel`.
 #[derive(Debug, Serialize)]

@@ -42,43 +42,15 @@ async fn a_wrong_order_is_a_400_that_says_what_is_wrong_and_orders_nothing() {
     for (path, body, says) in [
         ("faults", "{", "EOF"),
         ("faults", "{}", "missing field `effect`"),
-        (
-            "faults",
-            r#"{"effect":"explode"}"#,
-            "unknown variant `explode`",
-        ),
-        (
-            "faults",
-            r#"{"effect":"garbage","rout":"get"}"#,
-            "unknown field `rout`",
-        ),
-        (
-            "faults",
-            r#"{"route":"call","effect":"garbage"}"#,
-            "unknown variant `call`",
-        ),
-        (
-            "faults",
-            r#"[{"effect":"garbage"},{"effect":1}]"#,
-            "fault 1: ",
-        ),
-        (
-            "faults",
-            r#"{"effect":{"status":{"status":99}}}"#,
-            "status must be 200 to 599",
-        ),
-        (
-            "faults",
-            r#"{"effect":"garbage","probability":-1}"#,
-            "probability must be 0 to 1",
-        ),
+        ("faults", r#"{"effect":"explode"}"#, "unknown variant `explode`"),
+        ("faults", r#"{"effect":"garbage","rout":"get"}"#, "unknown field `rout`"),
+        ("faults", r#"{"route":"call","effect":"garbage"}"#, "unknown variant `call`"),
+        ("faults", r#"[{"effect":"garbage"},{"effect":1}]"#, "fault 1: "),
+        ("faults", r#"{"effect":{"status":{"status":99}}}"#, "status must be 200 to 599"),
+        ("faults", r#"{"effect":"garbage","probability":-1}"#, "probability must be 0 to 1"),
         ("advance", r#"{"seconds":-1}"#, "seconds must be 0 to"),
         ("advance", r#"{"seconds":1e300}"#, "seconds must be 0 to"),
-        (
-            "advance",
-            r#"{"seconds":1,"minutes":1}"#,
-            "unknown field `minutes`",
-        ),
+        ("advance", r#"{"seconds":1,"minutes":1}"#, "unknown field `minutes`"),
         ("advance", "5", "invalid type"),
     ] {
         let (status, answer) = vendor.control(Method::POST, path, body).await;
@@ -95,13 +67,9 @@ async fn a_wrong_order_is_a_400_that_says_what_is_wrong_and_orders_nothing() {
 async fn no_more_faults_wait_than_the_limit() {
     let vendor = vendor().await;
     let all = vec![json!({"effect": "garbage"}); elevenlabs_sandbox::MAX_FAULTS];
-    let (status, _) = vendor
-        .control(Method::POST, "faults", &json!(all).to_string())
-        .await;
+    let (status, _) = vendor.control(Method::POST, "faults", &json!(all).to_string()).await;
     assert_eq!(status, 200);
-    let (status, answer) = vendor
-        .control(Method::POST, "faults", r#"{"effect":"garbage"}"#)
-        .await;
+    let (status, answer) = vendor.control(Method::POST, "faults", r#"{"effect":"garbage"}"#).await;
     assert_eq!(status, 400);
     assert!(text(&answer["error"]).contains("10000 faults"), "{answer}");
 }
@@ -110,9 +78,7 @@ async fn no_more_faults_wait_than_the_limit() {
 async fn time_batches_and_requests_are_there_over_http() {
     let vendor = vendor().await;
     let id = vendor.batch(&["+14155550108"]).await;
-    let (status, _) = vendor
-        .control(Method::POST, "advance", r#"{"seconds":60}"#)
-        .await;
+    let (status, _) = vendor.control(Method::POST, "advance", r#"{"seconds":60}"#).await;
     assert_eq!(status, 200);
     let (_, batches) = vendor.control(Method::GET, "batches", "").await;
     assert_eq!(batches[0]["id"], id.as_str());

@@ -9,10 +9,7 @@ use support::{KEY, submit_to, text, vendor};
 const NUMBER: &[&str] = &["+14155550100"];
 
 fn code(answer: &(StatusCode, Value)) -> (u16, &str) {
-    (
-        answer.0.as_u16(),
-        answer.1["detail"]["code"].as_str().unwrap_or("no code"),
-    )
+    (answer.0.as_u16(), answer.1["detail"]["code"].as_str().unwrap_or("no code"))
 }
 
 #[tokio::test]
@@ -25,12 +22,7 @@ async fn a_submit_answers_every_field_the_vendor_requires_in_the_vendors_order()
         "telephony_call_config": {"ringing_timeout_secs": 30, "unheard_of": 1},
         "scheduled_time_unix": 4_102_444_800_u64,
     });
-    let answer = vendor
-        .request(Method::POST, "submit")
-        .json(&sent)
-        .send()
-        .await
-        .unwrap();
+    let answer = vendor.request(Method::POST, "submit").json(&sent).send().await.unwrap();
     assert_eq!(answer.status(), 200);
     let headers = answer.headers().clone();
     assert!(!headers["request-id"].is_empty());
@@ -57,30 +49,11 @@ async fn a_get_brings_back_the_dynamic_variables_of_every_recipient_as_they_were
                 {{"user_id":"u","dynamic_variables":{variables}}}}},
             {{"whatsapp_user_id":"w"}}]}}"#
     );
-    let submit = vendor
-        .request(Method::POST, "submit")
-        .header("content-type", "application/json");
-    let batch: Value = submit
-        .body(body)
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
+    let submit = vendor.request(Method::POST, "submit").header("content-type", "application/json");
+    let batch: Value = submit.body(body).send().await.unwrap().json().await.unwrap();
     let id = text(&batch["id"]);
-    let got = vendor
-        .request(Method::GET, &id)
-        .send()
-        .await
-        .unwrap()
-        .text()
-        .await
-        .unwrap();
-    assert!(
-        got.contains(&format!(r#""dynamic_variables":{variables}"#)),
-        "{got}"
-    );
+    let got = vendor.request(Method::GET, &id).send().await.unwrap().text().await.unwrap();
+    assert!(got.contains(&format!(r#""dynamic_variables":{variables}"#)), "{got}");
     let got: Value = serde_json::from_str(&got).unwrap();
     let [first, second] = got["recipients"].as_array().unwrap().as_slice() else {
         panic!("not two recipients: {got}")
@@ -124,10 +97,7 @@ async fn a_missing_or_wrong_key_is_refused_on_every_route_and_changes_nothing() 
         (Method::DELETE, id.clone()),
         (Method::GET, format!("{id}/export")),
     ] {
-        for (key, code) in [
-            (None, "needs_authorization"),
-            (Some("wrong"), "invalid_api_key"),
-        ] {
+        for (key, code) in [(None, "needs_authorization"), (Some("wrong"), "invalid_api_key")] {
             let mut request = vendor.http.request(method.clone(), vendor.url(&path));
             if let Some(key) = key {
                 request = request.header("xi-api-key", key);
@@ -167,10 +137,7 @@ async fn what_does_not_exist_is_a_404_that_names_it() {
     assert_eq!(code(&vendor.submit(&body).await), (404, "agent_not_found"));
     let mut body = submit_to(NUMBER);
     body["agent_phone_number_id"] = json!("phnum_missing_1");
-    assert_eq!(
-        code(&vendor.submit(&body).await),
-        (404, "phone_number_not_found")
-    );
+    assert_eq!(code(&vendor.submit(&body).await), (404, "phone_number_not_found"));
     assert!(vendor.sandbox.batches().is_empty());
     assert_eq!(
         vendor.post("btcal_none/call").await,
@@ -197,16 +164,11 @@ async fn a_wrong_body_is_a_422_that_points_at_every_fault() {
     assert_eq!(status, 422);
     let path = |wrong: &Value| {
         let steps = wrong["loc"].as_array().unwrap().iter();
-        steps
-            .map(|step| step.to_string().replace('"', ""))
-            .collect::<Vec<_>>()
-            .join(".")
+        steps.map(|step| step.to_string().replace('"', "")).collect::<Vec<_>>().join(".")
     };
     let wrong = answer["detail"].as_array().unwrap();
-    let wrong: Vec<String> = wrong
-        .iter()
-        .map(|wrong| format!("{} {}", path(wrong), text(&wrong["type"])))
-        .collect();
+    let wrong: Vec<String> =
+        wrong.iter().map(|wrong| format!("{} {}", path(wrong), text(&wrong["type"]))).collect();
     let data = "body.recipients.2.conversation_initiation_client_data";
     let knowledge = "conversation_config_override.agent.prompt.knowledge_base";
     let template = "body.whatsapp_params.whatsapp_call_permission_request_template";
@@ -229,10 +191,7 @@ async fn a_wrong_body_is_a_422_that_points_at_every_fault() {
             "body.target_concurrency_limit greater_than_equal",
         ]
     );
-    assert_eq!(
-        answer["detail"][2]["loc"],
-        json!(["body", "recipients", 0, "phone_number"])
-    );
+    assert_eq!(answer["detail"][2]["loc"], json!(["body", "recipients", 0, "phone_number"]));
     assert_eq!(answer["detail"][1]["msg"], "Field required");
     assert!(vendor.sandbox.batches().is_empty());
 }
@@ -246,9 +205,7 @@ async fn a_body_that_is_no_json_object_is_a_422() {
         ("application/json", "", "missing"),
         ("text/plain", "{}", "model_attributes_type"),
     ] {
-        let request = vendor
-            .request(Method::POST, "submit")
-            .header("content-type", content_type);
+        let request = vendor.request(Method::POST, "submit").header("content-type", content_type);
         let answer = request.body(body).send().await.unwrap();
         assert_eq!(answer.status(), 422, "{body}");
         let answer: Value = answer.json().await.unwrap();
@@ -287,10 +244,7 @@ async fn a_deleted_batch_is_gone_for_clients_and_still_counted() {
     assert_eq!(vendor.call(Method::DELETE, &id).await.0, 404);
     assert_eq!(vendor.get("workspace").await.1["batch_calls"], json!([]));
     let batches = vendor.sandbox.batches();
-    assert_eq!(
-        (batches[0].id.as_str(), batches[0].deleted),
-        (id.as_str(), true)
-    );
+    assert_eq!((batches[0].id.as_str(), batches[0].deleted), (id.as_str(), true));
 }
 
 #[tokio::test]
@@ -303,34 +257,20 @@ async fn the_request_log_holds_what_was_sent_and_what_was_answered() {
     let requests = vendor.sandbox.requests();
     let seen: Vec<_> = requests
         .iter()
-        .map(|request| {
-            (
-                request.method.as_str(),
-                request.path.as_str(),
-                request.status,
-            )
-        })
+        .map(|request| (request.method.as_str(), request.path.as_str(), request.status))
         .collect();
     let base = "/v1/convai/batch-calling";
     assert_eq!(
         seen,
         [
             ("POST", format!("{base}/submit").as_str(), Some(200)),
-            (
-                "GET",
-                format!("{base}/workspace?limit=1").as_str(),
-                Some(200)
-            ),
+            ("GET", format!("{base}/workspace?limit=1").as_str(), Some(200)),
             ("GET", format!("{base}/btcal_none").as_str(), Some(404)),
         ]
     );
     assert_eq!(requests[0].body, body);
     assert_eq!(requests[1].body, Value::Null);
-    assert!(
-        requests
-            .iter()
-            .all(|request| request.processed && request.fault.is_none())
-    );
+    assert!(requests.iter().all(|request| request.processed && request.fault.is_none()));
     let batch = &vendor.sandbox.batches()[0];
     assert_eq!(batch.recipients[0].phone_number.as_deref(), Some(NUMBER[0]));
     assert_eq!(batch.recipients[0].dynamic_variables["place"], 0);
@@ -348,10 +288,6 @@ async fn connections_are_counted_so_that_reuse_can_be_proved() {
          connection: close\r\n\r\n"
     );
     let raw = vendor.raw(&get).await;
-    assert!(
-        raw.seen.starts_with("HTTP/1.1 200 OK\r\n") && raw.ended.is_ok(),
-        "{}",
-        raw.seen
-    );
+    assert!(raw.seen.starts_with("HTTP/1.1 200 OK\r\n") && raw.ended.is_ok(), "{}", raw.seen);
     assert_eq!(vendor.sandbox.connections(), 2);
 }

@@ -40,21 +40,10 @@ async fn the_vendors_own_sdk_takes_the_sandbox_for_the_vendor() {
         .env_clear()
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    let output = timeout(LIMIT, python.output())
-        .await
-        .expect("the SDK hangs")
-        .unwrap();
+    let output = timeout(LIMIT, python.output()).await.expect("the SDK hangs").unwrap();
     let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        said(&output.stdout),
-        said(&output.stderr)
-    );
-    assert_eq!(
-        said(&output.stdout).trim_end(),
-        "every answer was understood"
-    );
+    assert!(output.status.success(), "{}\n{}", said(&output.stdout), said(&output.stderr));
+    assert_eq!(said(&output.stdout).trim_end(), "every answer was understood");
     // It did call the sandbox, and every route of it.
     let requests = vendor.sandbox.requests();
     for route in [
@@ -66,9 +55,6 @@ async fn the_vendors_own_sdk_takes_the_sandbox_for_the_vendor() {
         Route::Delete,
         Route::Export,
     ] {
-        assert!(
-            requests.iter().any(|request| request.route == route),
-            "no call of {route:?}"
-        );
+        assert!(requests.iter().any(|request| request.route == route), "no call of {route:?}");
     }
 }

@@ -52,36 +52,22 @@ async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
     for kind in CommandKind::ALL {
         let channel = consuming.create_channel().await?;
         // lapin's buffer has no bound of its own: prefetch is the only one.
-        channel
-            .basic_qos(settings.prefetch, BasicQosOptions::default())
-            .await?;
+        channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
         let queue = topology.queue(kind);
         let options = BasicConsumeOptions::default();
         let consumer = channel
-            .basic_consume(
-                queue.into(),
-                kind.name().into(),
-                options,
-                FieldTable::default(),
-            )
+            .basic_consume(queue.into(), kind.name().into(), options, FieldTable::default())
             .await?;
         lanes.push(Lane::new(kind, channel, consumer));
     }
-    Ok(Generation {
-        lanes,
-        publisher: Arc::new(publisher),
-        consuming,
-    })
+    Ok(Generation { lanes, publisher: Arc::new(publisher), consuming })
 }
 
 impl Generation {
     /// Closes both connections, within a limit; what is unacknowledged returns to its queue.
     pub async fn close(self) {
         let both = async {
-            tokio::join!(
-                self.publisher.close(),
-                self.consuming.close(200, "stopping".into())
-            )
+            tokio::join!(self.publisher.close(), self.consuming.close(200, "stopping".into()))
         };
         match timeout(CALL_LIMIT, both).await {
             Ok((Ok(()), Ok(()))) => {}
@@ -117,11 +103,8 @@ pub(super) fn address(uri: &AMQPUri) -> String {
 /// the connection reports itself connected.
 pub(super) async fn connect(uri: AMQPUri, purpose: &str) -> lapin::Result<Connection> {
     let name = format!("call-manager {purpose}");
-    Connection::connect_uri(
-        uri,
-        ConnectionProperties::default().with_connection_name(name.into()),
-    )
-    .await
+    Connection::connect_uri(uri, ConnectionProperties::default().with_connection_name(name.into()))
+        .await
 }
 
 /// lapin has no time limit that a frozen broker respects.
@@ -132,10 +115,7 @@ pub(super) async fn within<T>(
 ) -> Result<T, Error> {
     match timeout(limit, call).await {
         Ok(result) => result.map_err(|error| Error::of(error, at)),
-        Err(_) => Err(Error::Silent {
-            at: at.to_owned(),
-            limit,
-        }),
+        Err(_) => Err(Error::Silent { at: at.to_owned(), limit }),
     }
 }
 
@@ -151,13 +131,7 @@ mod tests {
         };
         assert_eq!(read("amqp://h"), ("h:5672".to_owned(), "/".to_owned()));
         assert_eq!(read("amqp://h/"), ("h:5672".to_owned(), "/".to_owned()));
-        assert_eq!(
-            read("amqps://h/%2fa"),
-            ("h:5671".to_owned(), "/a".to_owned())
-        );
-        assert_eq!(
-            read("amqp://u:p@[::1]:7/v"),
-            ("::1:7".to_owned(), "v".to_owned())
-        );
+        assert_eq!(read("amqps://h/%2fa"), ("h:5671".to_owned(), "/a".to_owned()));
+        assert_eq!(read("amqp://u:p@[::1]:7/v"), ("::1:7".to_owned(), "v".to_owned()));
     }
 }

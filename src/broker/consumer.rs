@@ -25,11 +25,7 @@ pub struct Lane {
 
 impl Lane {
     pub(super) fn new(kind: CommandKind, channel: Channel, consumer: Consumer) -> Self {
-        Self {
-            kind,
-            channel,
-            consumer,
-        }
+        Self { kind, channel, consumer }
     }
 
     /// The next delivery; `Err` says why there will be none any more.
@@ -38,19 +34,14 @@ impl Lane {
             Some(Ok(received)) => Ok(Delivery::new(self.kind, received)),
             Some(Err(error)) => Err(error.to_string()),
             // The broker cancelled the consumer: its queue was deleted, or its node went away.
-            None => Err(format!(
-                "the broker stopped delivering from the {} queue",
-                self.kind
-            )),
+            None => Err(format!("the broker stopped delivering from the {} queue", self.kind)),
         }
     }
 
     /// Stops receiving and gives back what was received but not yet taken.
     pub async fn stop(mut self) {
         let tag = self.consumer.tag();
-        let cancel = self
-            .channel
-            .basic_cancel(tag, BasicCancelOptions::default());
+        let cancel = self.channel.basic_cancel(tag, BasicCancelOptions::default());
         match timeout(CALL_LIMIT, cancel).await {
             Ok(Ok(())) => {}
             _ => return,
@@ -100,20 +91,12 @@ impl Delivery {
             reply_to: present(properties.reply_to().as_ref()),
             body,
         };
-        Self {
-            message: Arc::new(message),
-            received,
-        }
+        Self { message: Arc::new(message), received }
     }
 
     /// The command is done and its result confirmed.
     pub async fn ack(&self) -> Result<(), NotSettled> {
-        match timeout(
-            CALL_LIMIT,
-            self.received.acker.ack(BasicAckOptions::default()),
-        )
-        .await
-        {
+        match timeout(CALL_LIMIT, self.received.acker.ack(BasicAckOptions::default())).await {
             Ok(Ok(true)) => Ok(()),
             // `false`: the channel that delivered it is gone, and no other may acknowledge it.
             Ok(Ok(false) | Err(_)) | Err(_) => Err(NotSettled),
@@ -122,10 +105,7 @@ impl Delivery {
 
     /// Back to the queue, for another worker or a later start.
     pub async fn give_back(&self) {
-        let options = BasicNackOptions {
-            requeue: true,
-            ..BasicNackOptions::default()
-        };
+        let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
         let nack = timeout(CALL_LIMIT, self.received.acker.nack(options)).await;
         if !matches!(nack, Ok(Ok(true))) {
             debug!("the channel is gone, and with it the command is back in its queue");

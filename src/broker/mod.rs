@@ -115,10 +115,7 @@ impl Error {
 
     fn of(source: lapin::Error, at: &str) -> Self {
         let ErrorKind::ProtocolError(error) = source.kind() else {
-            return Self::Connection {
-                at: at.to_owned(),
-                source,
-            };
+            return Self::Connection { at: at.to_owned(), source };
         };
         let reason = error.get_message().to_string();
         let at = at.to_owned();

@@ -90,10 +90,7 @@ impl Publisher {
         let publish = async {
             let options = BasicPublishOptions::default();
             let (exchange, key) = (self.exchange.as_str().into(), event.routing_key().into());
-            self.results
-                .basic_publish(exchange, key, options, body, properties)
-                .await?
-                .await
+            self.results.basic_publish(exchange, key, options, body, properties).await?.await
         };
         match timeout(CONFIRM_LIMIT, publish).await {
             Ok(Ok(Confirmation::Ack(_))) => Ok(()),
@@ -134,35 +131,23 @@ impl Publisher {
     ) -> lapin::Result<Confirmation> {
         // Never closed, so an error cannot come; the permit is what matters.
         let _turn = self.reply_turn.acquire().await;
-        let idle = self
-            .idle_reply_channels
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
+        let idle = self.idle_reply_channels.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let channel = match idle {
             Some(channel) => channel,
             None => confirming_channel(&self.connection).await?,
         };
-        let options = BasicPublishOptions {
-            mandatory: true,
-            ..BasicPublishOptions::default()
-        };
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let confirm = channel.basic_publish("".into(), queue.into(), options, body, properties);
         let confirmation = confirm.await?.await?;
         // Only a channel that is still good goes back: a refused permission closes it.
-        self.idle_reply_channels
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(channel);
+        self.idle_reply_channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
         Ok(confirmation)
     }
 }
 
 async fn confirming_channel(connection: &Connection) -> lapin::Result<Channel> {
     let channel = connection.create_channel().await?;
-    channel
-        .confirm_select(ConfirmSelectOptions::default())
-        .await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
     Ok(channel)
 }
 
@@ -184,17 +169,9 @@ fn properties(event: &ResultEvent) -> BasicProperties {
     if let Some(tracestate) = &event.tracestate {
         text("tracestate", tracestate);
     }
-    headers.insert(
-        "status_code".into(),
-        AMQPValue::LongInt(event.status_code().into()),
-    );
-    headers.insert(
-        "attempts".into(),
-        AMQPValue::LongLongInt(event.attempts.into()),
-    );
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    headers.insert("status_code".into(), AMQPValue::LongInt(event.status_code().into()));
+    headers.insert("attempts".into(), AMQPValue::LongLongInt(event.attempts.into()));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     BasicProperties::default()
         .with_delivery_mode(PERSISTENT)
         .with_content_type("application/json".into())

@@ -67,9 +67,7 @@ pub async fn ask(
     let connection = within(CONNECT_LIMIT, &at, connect(uri, "request")).await?;
     let ready = async {
         let channel = connection.create_channel().await?;
-        channel
-            .confirm_select(ConfirmSelectOptions::default())
-            .await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
         let (queue, consumer) = reply_queue(&channel).await?;
         Ok((channel, queue, consumer))
     };
@@ -82,17 +80,11 @@ pub async fn ask(
         .with_correlation_id(message_id.into())
         .with_reply_to(queue);
     // Mandatory: a command that no queue takes would otherwise vanish.
-    let options = BasicPublishOptions {
-        mandatory: true,
-        ..BasicPublishOptions::default()
-    };
+    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
     let exchange = topology.commands_exchange();
     let publish = async {
         let key = kind.routing_key().into();
-        channel
-            .basic_publish(exchange.as_str().into(), key, options, body, properties)
-            .await?
-            .await
+        channel.basic_publish(exchange.as_str().into(), key, options, body, properties).await?.await
     };
     match within(CALL_LIMIT, &at, publish).await {
         Ok(Confirmation::Ack(None)) => {}
@@ -107,13 +99,8 @@ pub async fn ask(
         Err(error) => return Err(error.into()),
     }
 
-    let no_result = || AskError::NoResult {
-        limit,
-        id: message_id.to_owned(),
-    };
-    let received = timeout(limit, consumer.next())
-        .await
-        .map_err(|_| no_result())?;
+    let no_result = || AskError::NoResult { limit, id: message_id.to_owned() };
+    let received = timeout(limit, consumer.next()).await.map_err(|_| no_result())?;
     let delivery = match received {
         Some(Ok(delivery)) => delivery,
         Some(Err(error)) => return Err(Error::of(error, &at).into()),
@@ -124,9 +111,7 @@ pub async fn ask(
         succeeded: kind_of_result.is_some_and(|name| name.ends_with(".succeeded")),
         body: delivery.data,
     };
-    within(CALL_LIMIT, &at, connection.close(200, "done".into()))
-        .await
-        .ok();
+    within(CALL_LIMIT, &at, connection.close(200, "done".into())).await.ok();
     Ok(reply)
 }
 
@@ -137,16 +122,10 @@ async fn reply_queue(channel: &Channel) -> lapin::Result<(lapin::types::ShortStr
         auto_delete: true,
         ..QueueDeclareOptions::default()
     };
-    let queue = channel
-        .queue_declare("".into(), options, FieldTable::default())
-        .await?;
-    let options = BasicConsumeOptions {
-        no_ack: true,
-        ..BasicConsumeOptions::default()
-    };
+    let queue = channel.queue_declare("".into(), options, FieldTable::default()).await?;
+    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
     let name = queue.name().clone();
-    let consumer = channel
-        .basic_consume(name.clone(), "".into(), options, FieldTable::default())
-        .await?;
+    let consumer =
+        channel.basic_consume(name.clone(), "".into(), options, FieldTable::default()).await?;
     Ok((name, consumer))
 }

@@ -24,9 +24,7 @@ pub struct Topology {
 impl Topology {
     /// Names that begin with `prefix`, `call-manager` by default.
     pub fn new(prefix: &str) -> Self {
-        Self {
-            prefix: prefix.to_owned(),
-        }
+        Self { prefix: prefix.to_owned() }
     }
 
     /// Where producers publish.
@@ -63,13 +61,7 @@ impl Topology {
         bind(channel, &dead, &dead, "").await?;
 
         let unrouted = self.unrouted();
-        exchange(
-            channel,
-            &unrouted,
-            ExchangeKind::Fanout,
-            FieldTable::default(),
-        )
-        .await?;
+        exchange(channel, &unrouted, ExchangeKind::Fanout, FieldTable::default()).await?;
         let mut catch_all = quorum();
         catch_all.insert("x-max-length".into(), UNROUTED_MAX_MESSAGES.into());
         catch_all.insert("x-max-length-bytes".into(), UNROUTED_MAX_BYTES.into());
@@ -81,22 +73,10 @@ impl Topology {
         let mut results = FieldTable::default();
         // Makes `mandatory` unnecessary on results, which lapin cannot do with many in flight.
         results.insert("alternate-exchange".into(), text(&unrouted));
-        exchange(
-            channel,
-            &self.results_exchange(),
-            ExchangeKind::Topic,
-            results,
-        )
-        .await?;
+        exchange(channel, &self.results_exchange(), ExchangeKind::Topic, results).await?;
 
         let commands = self.commands_exchange();
-        exchange(
-            channel,
-            &commands,
-            ExchangeKind::Topic,
-            FieldTable::default(),
-        )
-        .await?;
+        exchange(channel, &commands, ExchangeKind::Topic, FieldTable::default()).await?;
         for kind in CommandKind::ALL {
             let name = self.queue(kind);
             let mut arguments = quorum();
@@ -131,35 +111,19 @@ async fn exchange(
     kind: ExchangeKind,
     arguments: FieldTable,
 ) -> lapin::Result<()> {
-    let options = ExchangeDeclareOptions {
-        durable: true,
-        ..ExchangeDeclareOptions::default()
-    };
-    channel
-        .exchange_declare(name.into(), kind, options, arguments)
-        .await
+    let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    channel.exchange_declare(name.into(), kind, options, arguments).await
 }
 
 async fn queue(channel: &Channel, name: &str, arguments: FieldTable) -> lapin::Result<()> {
-    let options = QueueDeclareOptions {
-        durable: true,
-        ..QueueDeclareOptions::default()
-    };
-    channel
-        .queue_declare(name.into(), options, arguments)
-        .await?;
+    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(name.into(), options, arguments).await?;
     Ok(())
 }
 
 async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> lapin::Result<()> {
     let options = QueueBindOptions::default();
     channel
-        .queue_bind(
-            queue.into(),
-            exchange.into(),
-            key.into(),
-            options,
-            FieldTable::default(),
-        )
+        .queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default())
         .await
 }

@@ -99,17 +99,12 @@ impl fmt::Debug for CommandMessage {
 impl CommandMessage {
     /// The id the producer gave the command: `message_id`, else `correlation_id`.
     pub fn producer_id(&self) -> Option<&str> {
-        self.message_id
-            .as_deref()
-            .or(self.correlation_id.as_deref())
+        self.message_id.as_deref().or(self.correlation_id.as_deref())
     }
 
     /// The command that the routing key names; the queue's own where it names none.
     pub fn kind(&self) -> CommandKind {
-        self.routing_key
-            .as_deref()
-            .and_then(CommandKind::of_routing_key)
-            .unwrap_or(self.queue)
+        self.routing_key.as_deref().and_then(CommandKind::of_routing_key).unwrap_or(self.queue)
     }
 
     /// Reads the command. Parsing 10,000 recipients takes some 20 ms: call it off the reactor for
@@ -179,12 +174,10 @@ impl Command {
                 submit.check()?;
                 Ok(Self::Submit(Box::new(submit)))
             }
-            CommandKind::Cancel => Ok(Self::Cancel(
-                validation::typed::<BatchReference>(text)?.batch_id,
-            )),
-            CommandKind::Get => Ok(Self::Get(
-                validation::typed::<BatchReference>(text)?.batch_id,
-            )),
+            CommandKind::Cancel => {
+                Ok(Self::Cancel(validation::typed::<BatchReference>(text)?.batch_id))
+            }
+            CommandKind::Get => Ok(Self::Get(validation::typed::<BatchReference>(text)?.batch_id)),
         }
     }
 }
@@ -265,9 +258,7 @@ pub struct Recipient {
 
 impl fmt::Debug for Submit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Submit")
-            .field("recipients", &self.recipients.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Submit").field("recipients", &self.recipients.len()).finish_non_exhaustive()
     }
 }
 
@@ -284,10 +275,7 @@ impl Submit {
     fn check(&self) -> Result<(), Rejection> {
         let mut rejection = Rejection::default();
         if let Some(raw) = &self.scheduled_time_unix
-            && raw
-                .get()
-                .parse::<f64>()
-                .is_ok_and(|n| n >= FIRST_MILLISECONDS)
+            && raw.get().parse::<f64>().is_ok_and(|n| n >= FIRST_MILLISECONDS)
         {
             rejection.add(
                 "scheduled_time_unix",
@@ -315,9 +303,7 @@ impl Recipient {
         let variables = self.dynamic_variables.iter();
         (
             &self.phone_number,
-            variables
-                .map(|(name, value)| (name.as_str(), unescaped(value.get())))
-                .collect(),
+            variables.map(|(name, value)| (name.as_str(), unescaped(value.get()))).collect(),
         )
     }
 }

@@ -32,9 +32,7 @@ fn with(field: &str, value: &str) -> String {
 fn fault(body: &str) -> String {
     let text = submit(body).unwrap_err();
     let text = text.strip_prefix("The command is not valid: ").unwrap();
-    text.strip_suffix(". Nothing was sent to ElevenLabs.")
-        .unwrap()
-        .to_owned()
+    text.strip_suffix(". Nothing was sent to ElevenLabs.").unwrap().to_owned()
 }
 
 fn message(body: &str) -> CommandMessage {
@@ -66,40 +64,22 @@ fn every_rule_of_the_contract_has_a_sentence_with_a_path() {
             with("call_name", r#"" ""#),
             "call_name: must be text of 1 to 200 characters that is not blank",
         ),
-        (
-            with("call_name", "null"),
-            "call_name: must be a string, not null",
-        ),
+        (with("call_name", "null"), "call_name: must be a string, not null"),
         (
             with("call_name", &format!("{:?}", "é".repeat(201))),
             "call_name: must have at most 200 characters",
         ),
-        (
-            with("agent_id", r#""""#),
-            "agent_id: must be the ElevenLabs agent's id, not blank",
-        ),
+        (with("agent_id", r#""""#), "agent_id: must be the ElevenLabs agent's id, not blank"),
         (with("recipients", "[]"), "recipients: must not be empty"),
-        (
-            with("recipients", "{}"),
-            "recipients: must be an array, not an object",
-        ),
-        (
-            with("recipients", "[7]"),
-            "recipients[0]: must be an object, not a number",
-        ),
-        (
-            with("recipients", "[{}]"),
-            "recipients[0].phone_number: is required",
-        ),
+        (with("recipients", "{}"), "recipients: must be an array, not an object"),
+        (with("recipients", "[7]"), "recipients[0]: must be an object, not a number"),
+        (with("recipients", "[{}]"), "recipients[0].phone_number: is required"),
         (
             with("recipients", r#"[{"phone_number":"+123456"}]"#),
             "recipients[0].phone_number: must be a phone number in E.164 form: + and 7 to 15 digits, for example +14155550100",
         ),
         (
-            with(
-                "recipients",
-                r#"[{"phone_number":"+14155550100","name":"x"}]"#,
-            ),
+            with("recipients", r#"[{"phone_number":"+14155550100","name":"x"}]"#),
             "recipients[0].name: is not a known field; known are dynamic_variables, phone_number",
         ),
         (
@@ -124,10 +104,7 @@ fn every_rule_of_the_contract_has_a_sentence_with_a_path() {
             with("scheduled_time_unix", "1.5"),
             "scheduled_time_unix: must be an integer or null, not a number",
         ),
-        (
-            with("scheduled_time_unix", "-1"),
-            "scheduled_time_unix: must be at least 0",
-        ),
+        (with("scheduled_time_unix", "-1"), "scheduled_time_unix: must be at least 0"),
         (
             with("scheduled_time_unix", "1696435200000"),
             "scheduled_time_unix: must be in seconds, and this can only be milliseconds; divide it by 1000",
@@ -140,10 +117,7 @@ fn every_rule_of_the_contract_has_a_sentence_with_a_path() {
             with("telephony_call_config", r#"{"ringing_timeout_secs":1000}"#),
             "telephony_call_config.ringing_timeout_secs: must be at most 999",
         ),
-        (
-            with("target_concurrency_limit", "0"),
-            "target_concurrency_limit: must be at least 1",
-        ),
+        (with("target_concurrency_limit", "0"), "target_concurrency_limit: must be at least 1"),
         ("[]".to_owned(), "body: must be an object, not an array"),
     ];
     for (body, expected) in cases {
@@ -154,10 +128,7 @@ fn every_rule_of_the_contract_has_a_sentence_with_a_path() {
 #[test]
 fn an_unknown_field_is_named_together_with_the_known_ones() {
     let fault = fault(&with("shedule", "1"));
-    assert!(
-        fault.starts_with("shedule: is not a known field; known are agent_id, "),
-        "{fault}"
-    );
+    assert!(fault.starts_with("shedule: is not a known field; known are agent_id, "), "{fault}");
 }
 
 #[test]
@@ -165,10 +136,7 @@ fn the_first_twenty_faults_are_listed_and_the_rest_is_counted() {
     let recipients = vec!["{}"; 30].join(",");
     let fault = fault(&with("recipients", &format!("[{recipients}]")));
     assert_eq!(fault.matches("is required").count(), 20);
-    assert!(
-        fault.ends_with("recipients[19].phone_number: is required; and 10 more"),
-        "{fault}"
-    );
+    assert!(fault.ends_with("recipients[19].phone_number: is required; and 10 more"), "{fault}");
 }
 
 #[test]
@@ -178,10 +146,7 @@ fn an_error_never_repeats_a_value() {
         r#"[{"phone_number":"415-555-0100-secret"},{"phone_number":4155550100}]"#,
     );
     let fault = fault(&body);
-    assert!(
-        !fault.contains("secret") && !fault.contains("555-0100"),
-        "{fault}"
-    );
+    assert!(!fault.contains("secret") && !fault.contains("555-0100"), "{fault}");
 }
 
 #[test]
@@ -190,10 +155,7 @@ fn identical_recipients_are_refused_with_both_indexes() {
                     {"phone_number":"+14155550101"},
                     {"phone_number":"+14155550100","dynamic_variables":{"b":1,"a":"\u0078"}}]"#;
     let told = fault(&with("recipients", twice));
-    assert!(
-        told.starts_with("recipients[2]: is identical to recipients[0]"),
-        "{told}"
-    );
+    assert!(told.starts_with("recipients[2]: is identical to recipients[0]"), "{told}");
     let same_number = r#"[{"phone_number":"+14155550100","dynamic_variables":{"a":"1"}},
                           {"phone_number":"+14155550100","dynamic_variables":{"a":1}},
                           {"phone_number":"+14155550100"}]"#;
@@ -205,15 +167,10 @@ fn identical_recipients_are_refused_with_both_indexes() {
 #[test]
 fn ten_thousand_recipients_are_allowed_and_one_more_is_not() {
     let recipients = |n: u64| {
-        let list: Vec<_> = (0..n)
-            .map(|i| format!(r#"{{"phone_number":"+1{:09}"}}"#, i))
-            .collect();
+        let list: Vec<_> = (0..n).map(|i| format!(r#"{{"phone_number":"+1{:09}"}}"#, i)).collect();
         with("recipients", &format!("[{}]", list.join(",")))
     };
-    assert_eq!(
-        submit(&recipients(10_000)).unwrap().recipients.len(),
-        10_000
-    );
+    assert_eq!(submit(&recipients(10_000)).unwrap().recipients.len(), 10_000);
     assert_eq!(
         fault(&recipients(10_001)),
         "recipients: must have at most 10000 entries and has 10001; split the batch"
@@ -224,38 +181,18 @@ fn ten_thousand_recipients_are_allowed_and_one_more_is_not() {
 fn what_is_no_json_object_is_told_from_what_is() {
     for (body, expected) in [
         (&b""[..], "the body is empty; send a JSON object"),
-        (
-            b"\xff\xfe",
-            "the body is not UTF-8 from byte 0 on; send UTF-8 encoded JSON",
-        ),
-        (
-            b"{\"call_name\":",
-            "the body is not JSON: EOF while parsing a value at line 1 column 13",
-        ),
-        (
-            b"nonsense",
-            "the body is not JSON: expected ident at line 1 column 2",
-        ),
+        (b"\xff\xfe", "the body is not UTF-8 from byte 0 on; send UTF-8 encoded JSON"),
+        (b"{\"call_name\":", "the body is not JSON: EOF while parsing a value at line 1 column 13"),
+        (b"nonsense", "the body is not JSON: expected ident at line 1 column 2"),
     ] {
-        let rejection = Command::parse(CommandKind::Submit, body)
-            .unwrap_err()
-            .to_string();
+        let rejection = Command::parse(CommandKind::Submit, body).unwrap_err().to_string();
         assert!(rejection.contains(expected), "{rejection}");
     }
     let deep = "[".repeat(100_000);
-    assert!(
-        fault(&deep).contains("recursion limit exceeded"),
-        "{}",
-        fault(&deep)
-    );
+    assert!(fault(&deep).contains("recursion limit exceeded"), "{}", fault(&deep));
     let large = vec![b' '; MAX_BODY_BYTES + 1];
-    let rejection = Command::parse(CommandKind::Submit, &large)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        rejection.contains("at most 16777216 are read"),
-        "{rejection}"
-    );
+    let rejection = Command::parse(CommandKind::Submit, &large).unwrap_err().to_string();
+    assert!(rejection.contains("at most 16777216 are read"), "{rejection}");
 }
 
 #[test]
@@ -282,9 +219,7 @@ fn a_batch_id_has_the_shape_of_one() {
     for hostile in ["../../x", "%2e%2e", "a b", "😀", "", ".", long.as_str()] {
         let body = serde_json::json!({"batch_id": hostile}).to_string();
         for kind in [CommandKind::Cancel, CommandKind::Get] {
-            let rejection = Command::parse(kind, body.as_bytes())
-                .unwrap_err()
-                .to_string();
+            let rejection = Command::parse(kind, body.as_bytes()).unwrap_err().to_string();
             assert!(
                 rejection.contains("batch_id: must be a batch id as a submit's result gave it"),
                 "{rejection}"
@@ -298,13 +233,7 @@ fn a_batch_id_has_the_shape_of_one() {
 fn a_submit_needs_an_id_and_takes_the_correlation_id_where_there_is_no_message_id() {
     let mut message = message(README_EXAMPLE);
     message.message_id = None;
-    assert!(
-        message
-            .parse()
-            .unwrap_err()
-            .to_string()
-            .contains("a submit needs a message_id")
-    );
+    assert!(message.parse().unwrap_err().to_string().contains("a submit needs a message_id"));
     message.correlation_id = Some("c-2".into());
     assert_eq!(message.producer_id(), Some("c-2"));
     assert!(message.parse().is_ok());
@@ -327,32 +256,15 @@ fn the_routing_key_names_the_command_and_an_unknown_one_is_refused() {
 #[test]
 fn only_plain_json_is_read() {
     let mut message = message(README_EXAMPLE);
-    for good in [
-        "application/json",
-        "application/json; charset=utf-8",
-        "Application/JSON",
-        "",
-    ] {
+    for good in ["application/json", "application/json; charset=utf-8", "Application/JSON", ""] {
         message.content_type = Some(good.into());
         assert!(message.parse().is_ok(), "{good}");
     }
     message.content_type = Some("text/xml".into());
-    assert!(
-        message
-            .parse()
-            .unwrap_err()
-            .to_string()
-            .contains("the content_type is \"text/xml\"")
-    );
+    assert!(message.parse().unwrap_err().to_string().contains("the content_type is \"text/xml\""));
     message.content_type = None;
     message.content_encoding = Some("gzip".into());
-    assert!(
-        message
-            .parse()
-            .unwrap_err()
-            .to_string()
-            .contains("the content_encoding is \"gzip\"")
-    );
+    assert!(message.parse().unwrap_err().to_string().contains("the content_encoding is \"gzip\""));
 }
 
 #[test]
@@ -363,18 +275,12 @@ fn the_fingerprint_ignores_white_space_and_order_but_no_value() {
     let id = |body: &str| submit(body).unwrap().fingerprint();
     assert_eq!(id(README_EXAMPLE), id(&compact));
     assert_ne!(id(README_EXAMPLE), id(&with("call_name", r#""other""#)));
-    assert_ne!(
-        id(README_EXAMPLE),
-        id(&README_EXAMPLE.replace("Ana", "Eva"))
-    );
+    assert_ne!(id(README_EXAMPLE), id(&README_EXAMPLE.replace("Ana", "Eva")));
 }
 
 #[test]
 fn neither_a_message_nor_a_submit_shows_a_phone_number_in_debug_output() {
     let message = message(README_EXAMPLE);
     let printed = format!("{message:?} {:?}", message.parse().unwrap());
-    assert!(
-        !printed.contains("1234567890") && !printed.contains("Ana"),
-        "{printed}"
-    );
+    assert!(!printed.contains("1234567890") && !printed.contains("Ana"), "{printed}");
 }

@@ -138,10 +138,7 @@ impl ResultEvent {
         Self {
             kind,
             command_id: command_id.to_owned(),
-            correlation_id: message
-                .correlation_id
-                .clone()
-                .unwrap_or_else(|| command_id.to_owned()),
+            correlation_id: message.correlation_id.clone().unwrap_or_else(|| command_id.to_owned()),
             message_id: Uuid::new_v5(&RESULT_IDS, &name),
             attempts,
             outcome,
@@ -196,14 +193,10 @@ impl ResultEvent {
             error: &'a str,
         }
         let json = match &self.outcome {
-            Outcome::Succeeded { data, .. } => serde_json::to_vec(&Succeeded {
-                success: true,
-                data,
-            }),
-            Outcome::Failed { error, .. } => serde_json::to_vec(&Failed {
-                success: false,
-                error,
-            }),
+            Outcome::Succeeded { data, .. } => {
+                serde_json::to_vec(&Succeeded { success: true, data })
+            }
+            Outcome::Failed { error, .. } => serde_json::to_vec(&Failed { success: false, error }),
         };
         // Strings and raw JSON written into memory have no way to fail.
         json.unwrap_or_default()
@@ -230,20 +223,16 @@ mod tests {
     }
 
     fn failed(body: &str, of: ResultOf) -> ResultEvent {
-        let outcome = Outcome::Failed {
-            code: ErrorCode::InvalidCommand,
-            error: "It is \"wrong\".".into(),
-        };
+        let outcome =
+            Outcome::Failed { code: ErrorCode::InvalidCommand, error: "It is \"wrong\".".into() };
         ResultEvent::new(&message(body), "c-1", of, outcome, 0)
     }
 
     #[test]
     fn the_data_of_a_success_is_the_vendors_bytes() {
         let data = "{\"z\": 1.0,\n \"a\":1e2, \"id\":\"b\", \"big\":12345678901234567890123}";
-        let outcome = Outcome::Succeeded {
-            data: RawValue::from_string(data.into()).unwrap(),
-            warning: None,
-        };
+        let outcome =
+            Outcome::Succeeded { data: RawValue::from_string(data.into()).unwrap(), warning: None };
         let event = ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, outcome, 1);
         assert_eq!(
             String::from_utf8(event.body()).unwrap(),
@@ -256,10 +245,7 @@ mod tests {
     #[test]
     fn a_failure_says_why_and_falls_back_to_the_command_id_for_correlation() {
         let event = failed("{}", ResultOf::Refusal);
-        assert_eq!(
-            event.body(),
-            br#"{"success":false,"error":"It is \"wrong\"."}"#
-        );
+        assert_eq!(event.body(), br#"{"success":false,"error":"It is \"wrong\"."}"#);
         assert_eq!(event.routing_key(), "batch-calling.submit.failed");
         assert_eq!(event.correlation_id, "c-1");
         assert_eq!(event.error_code(), Some(ErrorCode::InvalidCommand));

@@ -26,10 +26,7 @@ pub struct Rejection {
 impl Rejection {
     /// A rejection for one reason.
     pub fn of(reason: impl Into<String>) -> Self {
-        Self {
-            listed: vec![reason.into()],
-            more: 0,
-        }
+        Self { listed: vec![reason.into()], more: 0 }
     }
 
     pub(super) fn add(&mut self, path: &str, fault: &str) {
@@ -41,11 +38,7 @@ impl Rejection {
     }
 
     pub(super) fn into_result(self) -> Result<(), Self> {
-        if self.listed.is_empty() {
-            Ok(())
-        } else {
-            Err(self)
-        }
+        if self.listed.is_empty() { Ok(()) } else { Err(self) }
     }
 }
 
@@ -114,11 +107,8 @@ pub(super) fn typed<T: DeserializeOwned>(text: &str) -> Result<T, Rejection> {
 
 /// The first 64 characters, without control characters: enough to recognise a typo.
 pub fn excerpt(text: &str) -> String {
-    let mut shown: String = text
-        .chars()
-        .map(|c| if c.is_control() || c == '"' { '?' } else { c })
-        .take(64)
-        .collect();
+    let mut shown: String =
+        text.chars().map(|c| if c.is_control() || c == '"' { '?' } else { c }).take(64).collect();
     if text.chars().nth(64).is_some() {
         shown.push('…');
     }
@@ -148,10 +138,7 @@ impl Schema {
             .should_validate_formats(true)
             .build(&document)
             .expect("an embedded schema is a JSON Schema");
-        Self {
-            document,
-            validator,
-        }
+        Self { document, validator }
     }
 
     fn explain(&self, error: &ValidationError<'_>, rejection: &mut Rejection) {
@@ -212,11 +199,7 @@ impl Schema {
 }
 
 fn child(path: &str, name: &str) -> String {
-    if path == "body" {
-        name.to_owned()
-    } else {
-        format!("{path}.{name}")
-    }
+    if path == "body" { name.to_owned() } else { format!("{path}.{name}") }
 }
 
 /// `/recipients/3/phone_number` as `recipients[3].phone_number`; the whole body as `body`.
@@ -248,11 +231,7 @@ fn types(kind: &TypeKind) -> String {
     };
     // "or null" reads better at the end.
     names.sort_by_key(|name| name == "null");
-    names
-        .iter()
-        .map(|name| with_article(name))
-        .collect::<Vec<_>>()
-        .join(" or ")
+    names.iter().map(|name| with_article(name)).collect::<Vec<_>>().join(" or ")
 }
 
 fn type_of(value: &Value) -> String {

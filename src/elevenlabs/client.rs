@@ -83,42 +83,33 @@ impl Client {
             // Where requests go is decided by the settings table alone.
             .no_proxy()
             .build()?;
-        Ok(Self {
-            http,
-            base_url: settings.base_url.clone(),
-        })
+        Ok(Self { http, base_url: settings.base_url.clone() })
     }
 
     /// `POST …/submit`: creates a batch each time it is called.
     pub async fn submit(&self, request: &SubmitRequest) -> Result<Answer, Error> {
         let url = self.url(&["submit"]);
         let request = self.http.request(Method::POST, url).body(request.0.clone());
-        self.call(request.header(CONTENT_TYPE, "application/json"), None)
-            .await
+        self.call(request.header(CONTENT_TYPE, "application/json"), None).await
     }
 
     /// `GET …/{batch_id}`.
     pub async fn get(&self, id: &BatchId) -> Result<Answer, Error> {
         let url = self.url(&[id.as_str()]);
-        self.call(self.http.request(Method::GET, url), Some(id))
-            .await
+        self.call(self.http.request(Method::GET, url), Some(id)).await
     }
 
     /// `POST …/{batch_id}/cancel`.
     pub async fn cancel(&self, id: &BatchId) -> Result<Answer, Error> {
         let url = self.url(&[id.as_str(), "cancel"]);
-        self.call(self.http.request(Method::POST, url), Some(id))
-            .await
+        self.call(self.http.request(Method::POST, url), Some(id)).await
     }
 
     fn url(&self, rest: &[&str]) -> Url {
         let mut url = self.base_url.clone();
         // An http URL always has path segments; each one pushed is percent-encoded.
         if let Ok(mut segments) = url.path_segments_mut() {
-            segments
-                .pop_if_empty()
-                .extend(["v1", "convai", "batch-calling"])
-                .extend(rest);
+            segments.pop_if_empty().extend(["v1", "convai", "batch-calling"]).extend(rest);
         }
         url
     }
@@ -205,9 +196,7 @@ mod tests {
 
     #[test]
     fn a_batch_id_stays_in_its_path_segment() {
-        for hostile in [
-            "../../x", "a/b", "%2e%2e", "a?b=c", "a#b", "..", ".", "", "ñ", "😀",
-        ] {
+        for hostile in ["../../x", "a/b", "%2e%2e", "a?b=c", "a#b", "..", ".", "", "ñ", "😀"] {
             assert!(BatchId::try_from(hostile.to_owned()).is_err(), "{hostile}");
         }
         let url = client().url(&["btcal_1-a", "cancel"]);
@@ -228,15 +217,7 @@ mod tests {
 
     #[test]
     fn a_2xx_without_a_batch_is_unreadable() {
-        for body in [
-            "",
-            "null",
-            "[]",
-            "{}",
-            r#"{"id":7}"#,
-            r#"{"id":""}"#,
-            r#"{"id":"b""#,
-        ] {
+        for body in ["", "null", "[]", "{}", r#"{"id":7}"#, r#"{"id":""}"#, r#"{"id":"b""#] {
             assert!(answer(body.into(), None).is_err(), "{body}");
         }
     }

@@ -136,11 +136,7 @@ impl Error {
     /// A transport error; only a failed connect proves that nothing was sent.
     pub(super) fn of_transport(error: reqwest::Error) -> Self {
         let source = error.without_url();
-        if source.is_connect() {
-            Self::NeverSent { source }
-        } else {
-            Self::Broken { source }
-        }
+        if source.is_connect() { Self::NeverSent { source } } else { Self::Broken { source } }
     }
 
     /// An answer that is not 2xx.
@@ -149,22 +145,11 @@ impl Error {
         let request_id = request_id(headers);
         let retry_after = retry_after(headers, SystemTime::now());
         match class {
-            Class::Refused => Self::Refused {
-                status,
-                message,
-                request_id,
-            },
-            Class::RateLimited => Self::RateLimited {
-                message,
-                retry_after,
-                request_id,
-            },
-            Class::NeverSent | Class::Unknown => Self::Inconclusive {
-                status,
-                message,
-                retry_after,
-                request_id,
-            },
+            Class::Refused => Self::Refused { status, message, request_id },
+            Class::RateLimited => Self::RateLimited { message, retry_after, request_id },
+            Class::NeverSent | Class::Unknown => {
+                Self::Inconclusive { status, message, retry_after, request_id }
+            }
         }
     }
 }
@@ -253,14 +238,8 @@ mod tests {
     fn retry_after_is_read_in_both_forms() {
         let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
         assert_eq!(after("7", now), Some(Duration::from_secs(7)));
-        assert_eq!(
-            after("Sun, 06 Nov 1994 08:50:37 GMT", now),
-            Some(Duration::from_secs(60))
-        );
-        assert_eq!(
-            after("Sun, 06 Nov 1994 08:40:00 GMT", now),
-            Some(Duration::ZERO)
-        );
+        assert_eq!(after("Sun, 06 Nov 1994 08:50:37 GMT", now), Some(Duration::from_secs(60)));
+        assert_eq!(after("Sun, 06 Nov 1994 08:40:00 GMT", now), Some(Duration::ZERO));
         for nonsense in ["-1", "soon", "1.5", "", "99999999999999999999"] {
             assert_eq!(after(nonsense, now), None, "{nonsense}");
         }
@@ -273,10 +252,7 @@ mod tests {
             says(r#"{"detail":{"type":"x","code":"y","message":"Agent not found","status":"z"}}"#),
             "Agent not found"
         );
-        assert_eq!(
-            says(r#"{"detail":{"status":"z","message":"Older shape"}}"#),
-            "Older shape"
-        );
+        assert_eq!(says(r#"{"detail":{"status":"z","message":"Older shape"}}"#), "Older shape");
         assert_eq!(says(r#"{"detail":"Not Found"}"#), "Not Found");
         assert_eq!(
             says(
@@ -299,10 +275,7 @@ mod tests {
             without_personal_data("Invalid number +1 (415) 555-0100, retry 3 times\nin 2026"),
             "Invalid number +[number], retry 3 times in 2026"
         );
-        assert_eq!(
-            without_personal_data("call 4155550100. Bye"),
-            "call [number]. Bye"
-        );
+        assert_eq!(without_personal_data("call 4155550100. Bye"), "call [number]. Bye");
         assert_eq!(without_personal_data(&"x".repeat(600)).len(), 500);
     }
 }

@@ -88,10 +88,7 @@ impl<'a> WireRecipient<'a> {
         Self {
             phone_number: &recipient.phone_number,
             conversation_initiation_client_data: ClientData {
-                dynamic_variables: Variables {
-                    given: &recipient.dynamic_variables,
-                    command_id,
-                },
+                dynamic_variables: Variables { given: &recipient.dynamic_variables, command_id },
             },
         }
     }

@@ -64,13 +64,7 @@ impl Memory {
             };
         }
         let (holding, freed) = watch::channel(());
-        rows.by_id.insert(
-            command_id.to_owned(),
-            Row {
-                fingerprint,
-                state: State::Held(freed),
-            },
-        );
+        rows.by_id.insert(command_id.to_owned(), Row { fingerprint, state: State::Held(freed) });
         Claim::Fresh(Fresh {
             ledger: Arc::clone(self),
             command_id: command_id.to_owned(),
@@ -160,17 +154,9 @@ mod tests {
             reply_to: None,
             body: Vec::new(),
         };
-        let outcome = Outcome::Succeeded {
-            data: RawValue::from_string("{}".into()).unwrap(),
-            warning: None,
-        };
-        Arc::new(ResultEvent::new(
-            &message,
-            "c",
-            ResultOf::Command,
-            outcome,
-            1,
-        ))
+        let outcome =
+            Outcome::Succeeded { data: RawValue::from_string("{}".into()).unwrap(), warning: None };
+        Arc::new(ResultEvent::new(&message, "c", ResultOf::Command, outcome, 1))
     }
 
     fn fresh(ledger: &Arc<Memory>, id: &str) -> Fresh {

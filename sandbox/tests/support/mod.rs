@@ -27,23 +27,12 @@ pub struct Vendor {
 
 /// A sandbox whose batches stand still until `advance`.
 pub async fn vendor() -> Vendor {
-    vendor_with(Options {
-        speed: 0.0,
-        ..Options::default()
-    })
-    .await
+    vendor_with(Options { speed: 0.0, ..Options::default() }).await
 }
 
 pub async fn vendor_with(options: Options) -> Vendor {
-    let http = reqwest::Client::builder()
-        .no_proxy()
-        .timeout(LIMIT)
-        .build()
-        .unwrap();
-    Vendor {
-        sandbox: Sandbox::start(options).await.unwrap(),
-        http,
-    }
+    let http = reqwest::Client::builder().no_proxy().timeout(LIMIT).build().unwrap();
+    Vendor { sandbox: Sandbox::start(options).await.unwrap(), http }
 }
 
 /// A submit to these numbers, each with its place as a dynamic variable.
@@ -72,9 +61,7 @@ impl Vendor {
     }
 
     pub fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
-        self.http
-            .request(method, self.url(path))
-            .header("xi-api-key", KEY)
+        self.http.request(method, self.url(path)).header("xi-api-key", KEY)
     }
 
     pub async fn call(&self, method: Method, path: &str) -> (StatusCode, Value) {
@@ -125,13 +112,8 @@ impl Vendor {
         let mut stream = TcpStream::connect(addr).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut seen = Vec::new();
-        let ended = timeout(LIMIT, stream.read_to_end(&mut seen))
-            .await
-            .expect("it never ended");
-        Raw {
-            seen: String::from_utf8(seen).unwrap(),
-            ended: ended.map(drop),
-        }
+        let ended = timeout(LIMIT, stream.read_to_end(&mut seen)).await.expect("it never ended");
+        Raw { seen: String::from_utf8(seen).unwrap(), ended: ended.map(drop) }
     }
 }
 
@@ -145,17 +127,11 @@ async fn answer(request: reqwest::RequestBuilder) -> (StatusCode, Value) {
     let answer = request.send().await.unwrap();
     let status = answer.status();
     let text = answer.text().await.unwrap();
-    (
-        status,
-        serde_json::from_str(&text).unwrap_or(Value::String(text)),
-    )
+    (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }
 
 pub fn text(value: &Value) -> String {
-    value
-        .as_str()
-        .unwrap_or_else(|| panic!("no text: {value}"))
-        .to_owned()
+    value.as_str().unwrap_or_else(|| panic!("no text: {value}")).to_owned()
 }
 
 /// Waits for a condition, for a limited time.
