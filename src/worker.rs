@@ -123,8 +123,7 @@ impl Worker {
             ending: stop.child_token(),
             lost: lost.clone(),
         };
-        let lanes = std::mem::take(&mut generation.lanes);
-        let receiving = lanes.into_iter().map(|lane| self.receive(lane, &link));
+        let receiving = generation.lanes.iter_mut().map(|lane| self.receive(lane, &link));
         let ends = join_all(receiving).await;
         link.ending.cancel();
         let reason = ends.into_iter().flatten().next();
@@ -141,7 +140,7 @@ impl Worker {
     }
 
     /// Takes deliveries from one queue until the worker stops (`None`) or the generation is lost.
-    async fn receive(&self, mut lane: Lane, link: &Link) -> Option<String> {
+    async fn receive(&self, lane: &mut Lane, link: &Link) -> Option<String> {
         let permits = &self.shared.permits[lane.kind as usize];
         loop {
             let permit = tokio::select! {

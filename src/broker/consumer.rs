@@ -38,8 +38,9 @@ impl Lane {
         }
     }
 
-    /// Stops receiving and gives back what was received but not yet taken.
-    pub async fn stop(mut self) {
+    /// Stops receiving and gives back what was received but not yet taken. What was taken can
+    /// still be settled as long as the lane lives: its channel closes with it.
+    pub async fn stop(&mut self) {
         let tag = self.consumer.tag();
         let cancel = self.channel.basic_cancel(tag, BasicCancelOptions::default());
         match timeout(CALL_LIMIT, cancel).await {

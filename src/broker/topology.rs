@@ -53,7 +53,7 @@ impl Topology {
     }
 
     /// Declares everything; harmless where it exists in the same way.
-    pub(super) async fn declare(&self, channel: &Channel) -> lapin::Result<()> {
+    pub async fn declare(&self, channel: &Channel) -> lapin::Result<()> {
         let dead = self.dead_letter();
         exchange(channel, &dead, ExchangeKind::Fanout, FieldTable::default()).await?;
         // Bounded only by disk: what lies here was promised not to be lost.

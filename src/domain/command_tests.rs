@@ -167,7 +167,7 @@ fn identical_recipients_are_refused_with_both_indexes() {
 #[test]
 fn ten_thousand_recipients_are_allowed_and_one_more_is_not() {
     let recipients = |n: u64| {
-        let list: Vec<_> = (0..n).map(|i| format!(r#"{{"phone_number":"+1{:09}"}}"#, i)).collect();
+        let list: Vec<_> = (0..n).map(|i| format!(r#"{{"phone_number":"+1{i:09}"}}"#)).collect();
         with("recipients", &format!("[{}]", list.join(",")))
     };
     assert_eq!(submit(&recipients(10_000)).unwrap().recipients.len(), 10_000);
