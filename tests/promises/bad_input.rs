@@ -1,0 +1,247 @@
+//! Bad input gets a clear failed result, is acknowledged, and the worker goes on.
+
+use std::collections::BTreeMap;
+
+use call_manager::domain::command::CommandKind;
+use lapin::BasicProperties;
+use lapin::options::QueueBindOptions;
+use lapin::types::{AMQPValue, ByteArray, DecimalValue, FieldArray, FieldTable};
+use serde_json::{Value, json};
+
+use crate::support::{Received, World, submit_body, with_id};
+
+const SUBMIT: CommandKind = CommandKind::Submit;
+
+/// Asserts that the refusal says `part`, then that the worker still works.
+async fn refused(world: &mut World, result: &Received, part: &str) {
+    assert_eq!(result.code(), "400 invalid_command", "{}", result.body);
+    assert_eq!(result.header("attempts").as_deref(), Some("0"), "nothing was sent");
+    assert!(result.error().contains(part), "{part:?} is missing in: {}", result.error());
+    assert!(result.error().starts_with("The command is not valid: "), "{}", result.error());
+    assert!(result.error().len() < 5000, "an error stays readable");
+    assert!(!world.submitted().await.is_empty());
+}
+
+async fn refuses(kind: CommandKind, body: &[u8], part: &str) {
+    let mut world = World::start().await;
+    let result = world.ask_bytes(kind, body).await;
+    refused(&mut world, &result, part).await;
+    world.finish().await;
+}
+
+async fn refuses_submit(change: impl FnOnce(&mut Value), part: &str) {
+    let mut body = submit_body();
+    change(&mut body);
+    refuses(SUBMIT, body.to_string().as_bytes(), part).await;
+}
+
+#[tokio::test]
+async fn an_empty_body() {
+    refuses(SUBMIT, b"", "the body is empty").await;
+}
+
+#[tokio::test]
+async fn a_body_that_is_not_utf_8() {
+    refuses(SUBMIT, b"{\"call_name\":\"\xff\"}", "the body is not UTF-8 from byte 14 on").await;
+}
+
+#[tokio::test]
+async fn a_body_that_is_not_json() {
+    refuses(SUBMIT, b"call_name=x", "the body is not JSON").await;
+}
+
+#[tokio::test]
+async fn json_that_is_no_object() {
+    for kind in CommandKind::ALL {
+        refuses(kind, b"[1,2]", "body: must be an object, not an array").await;
+    }
+}
+
+#[tokio::test]
+async fn a_body_of_40_mb() {
+    let body = json!({"call_name": "x".repeat(40_000_000)}).to_string();
+    refuses(SUBMIT, body.as_bytes(), "and at most 16777216 are read").await;
+}
+
+#[tokio::test]
+async fn a_hundred_thousand_levels_of_nesting() {
+    let body = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    refuses(SUBMIT, body.as_bytes(), "recursion limit exceeded").await;
+    let objects = "{\"a\":".repeat(100_000);
+    refuses(SUBMIT, objects.as_bytes(), "recursion limit exceeded").await;
+}
+
+#[tokio::test]
+async fn an_unknown_field() {
+    refuses_submit(|body| body["shedule"] = json!(1), "shedule: is not a known field").await;
+}
+
+#[tokio::test]
+async fn a_wrong_type_in_recipient_9999() {
+    let change = |body: &mut Value| {
+        let recipients = (0..10_000).map(|n| match n {
+            9_999 => json!({"phone_number": 14_155_550_100_u64}),
+            n => json!({"phone_number": format!("+1{n:09}")}),
+        });
+        body["recipients"] = recipients.collect();
+    };
+    refuses_submit(change, "recipients[9999].phone_number: must be a string, not a number").await;
+}
+
+#[tokio::test]
+async fn no_recipient_and_one_too_many() {
+    refuses_submit(|body| body["recipients"] = json!([]), "recipients: must not be empty").await;
+    let change = |body: &mut Value| {
+        body["recipients"] =
+            (0..10_001).map(|n| json!({"phone_number": format!("+1{n:09}")})).collect();
+    };
+    refuses_submit(change, "at most 10000 entries and has 10001").await;
+}
+
+#[tokio::test]
+async fn blank_names() {
+    for field in ["call_name", "agent_id", "agent_phone_number_id"] {
+        refuses_submit(|body| body[field] = json!(" \t "), &format!("{field}: must be")).await;
+    }
+}
+
+#[tokio::test]
+async fn milliseconds_and_identical_recipients() {
+    refuses_submit(
+        |body| body["scheduled_time_unix"] = json!(1_696_435_200_000_u64),
+        "divide it by 1000",
+    )
+    .await;
+    let twice = |body: &mut Value| {
+        let first = body["recipients"][0].clone();
+        body["recipients"].as_array_mut().unwrap().push(first);
+    };
+    refuses_submit(twice, "recipients[2]: is identical to recipients[0]").await;
+}
+
+#[tokio::test]
+async fn hostile_batch_ids_never_reach_the_vendor() {
+    let mut world = World::start().await;
+    for hostile in ["../../x", "%2e%2e", "\u{1f600}", &"x".repeat(10_000), "a/b", "", "a b"] {
+        for kind in [CommandKind::Cancel, CommandKind::Get] {
+            let result = world.ask(kind, &json!({"batch_id": hostile})).await;
+            assert_eq!(result.code(), "400 invalid_command", "{hostile}");
+            assert!(result.error().contains("batch_id: must be a batch id"), "{}", result.error());
+        }
+    }
+    assert_eq!(world.sandbox.requests().len(), 0);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_submit_without_any_id() {
+    let mut world = World::start().await;
+    for properties in [
+        BasicProperties::default(),
+        BasicProperties::default().with_message_id("".into()).with_correlation_id("".into()),
+    ] {
+        world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
+        let result = world.next_result().await;
+        assert_eq!(world.sandbox.batches().len(), 0);
+        assert!(result.error().contains("a submit needs a message_id"), "{}", result.error());
+        assert_eq!(result.code(), "400 invalid_command");
+    }
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn another_content_type_or_encoding() {
+    let mut world = World::start().await;
+    let body = submit_body().to_string();
+    world
+        .publish(SUBMIT, body.as_bytes(), with_id("a").with_content_type("text/plain".into()))
+        .await;
+    let result = world.next_result().await;
+    refused(&mut world, &result, "the content_type is \"text/plain\"").await;
+    world.publish(SUBMIT, body.as_bytes(), with_id("b").with_content_encoding("gzip".into())).await;
+    let result = world.next_result().await;
+    refused(&mut world, &result, "the content_encoding is \"gzip\"").await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn headers_of_every_amqp_type_do_no_harm() {
+    let mut inner = FieldTable::default();
+    inner.insert(
+        "deep".into(),
+        AMQPValue::FieldTable(FieldTable::from(BTreeMap::from([(
+            "deeper".into(),
+            AMQPValue::FieldArray(FieldArray::from(vec![
+                AMQPValue::Void,
+                AMQPValue::Boolean(true),
+            ])),
+        )]))),
+    );
+    let values = [
+        AMQPValue::Boolean(true),
+        AMQPValue::ShortShortInt(-8),
+        AMQPValue::ShortShortUInt(200),
+        AMQPValue::ShortInt(-3000),
+        AMQPValue::ShortUInt(60000),
+        AMQPValue::LongInt(-70000),
+        AMQPValue::LongUInt(4_000_000_000),
+        AMQPValue::LongLongInt(i64::MIN),
+        AMQPValue::Float(1.5),
+        AMQPValue::Double(-1e300),
+        AMQPValue::DecimalValue(DecimalValue { scale: 2, value: 314 }),
+        AMQPValue::LongString([0xff, 0xfe, 0x00].as_slice().into()),
+        AMQPValue::FieldArray(FieldArray::from(vec![AMQPValue::FieldTable(inner.clone())])),
+        AMQPValue::Timestamp(u64::MAX),
+        AMQPValue::FieldTable(inner),
+        AMQPValue::ByteArray(ByteArray::from(vec![0, 255])),
+        AMQPValue::Void,
+    ];
+    let mut world = World::start().await;
+    // Each type once under a name of its own, and once where text is expected.
+    for (n, value) in values.into_iter().enumerate() {
+        let mut headers = FieldTable::default();
+        headers.insert("anything".into(), value.clone());
+        headers.insert("traceparent".into(), value.clone());
+        headers.insert("x-delivery-count".into(), value);
+        let properties = with_id(&format!("h-{n}")).with_headers(headers);
+        world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
+        let result = world.next_result().await;
+        assert_eq!(result.code(), "200", "{}", result.body);
+        assert_eq!(result.header("traceparent"), None);
+    }
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_reply_to_that_does_not_exist_costs_only_the_reply() {
+    let mut world = World::start().await;
+    for n in 0..20 {
+        let properties = with_id(&format!("m-{n}")).with_reply_to("nobody-has-this-queue".into());
+        world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
+    }
+    for _ in 0..20 {
+        assert_eq!(world.next_result().await.code(), "200");
+    }
+    assert_eq!(world.sandbox.batches().len(), 20);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_routing_key_the_queue_is_bound_for_but_no_command_has() {
+    let mut world = World::start().await;
+    let bound = world.channel.queue_bind(
+        world.topology.queue(SUBMIT).into(),
+        world.topology.commands_exchange().into(),
+        "batch-calling.#".into(),
+        QueueBindOptions::default(),
+        FieldTable::default(),
+    );
+    bound.await.unwrap();
+    let exchange = world.topology.commands_exchange();
+    let body = submit_body().to_string();
+    world.publish_to(&exchange, "batch-calling.retry", body.as_bytes(), with_id("m")).await;
+    let result = world.next_result().await;
+    assert_eq!(result.routing_key, "batch-calling.submit.failed");
+    refused(&mut world, &result, "the routing key \"batch-calling.retry\" names no command").await;
+    world.finish().await;
+}

@@ -1,0 +1,23 @@
+//! The promises of the product, each in a file of its own, against a real RabbitMQ and the sandbox.
+//!
+//! One binary for all of them: every test program links a TLS stack, and that takes seconds.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    clippy::print_stderr,
+    missing_docs,
+    reason = "a test fails loudly, and its helper tasks end with it"
+)]
+
+mod bad_input;
+mod commands;
+mod mutations;
+mod reconnect;
+mod request;
+mod results;
+mod retries;
+mod start;
+mod stop;
+mod support;

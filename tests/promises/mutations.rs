@@ -1,0 +1,148 @@
+//! A thousand random mutations of valid messages: every one answered or refused, no panic, nothing
+//! left unacknowledged.
+
+use call_manager::domain::command::CommandKind;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree as _;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use serde_json::json;
+
+use crate::support::{World, submit_body};
+
+const MESSAGES: usize = 1_000;
+
+/// One cut or paste in a body.
+#[derive(Clone, Debug)]
+enum Edit {
+    Flip(prop::sample::Index, u8),
+    Insert(prop::sample::Index, Vec<u8>),
+    Remove(prop::sample::Index, usize),
+    Truncate(prop::sample::Index),
+    Repeat(prop::sample::Index, usize),
+}
+
+fn edit() -> impl Strategy<Value = Edit> {
+    let index = any::<prop::sample::Index>;
+    let token = prop::sample::select(vec![
+        "\"", "{", "}", "[", "]", ",", ":", "null", "1e999", "-0", "\\u0000", "\u{0}",
+    ]);
+    prop_oneof![
+        (index(), any::<u8>()).prop_map(|(at, bits)| Edit::Flip(at, bits | 1)),
+        (index(), token).prop_map(|(at, token)| Edit::Insert(at, token.into())),
+        (index(), prop::collection::vec(any::<u8>(), 1..8))
+            .prop_map(|(at, bytes)| Edit::Insert(at, bytes)),
+        (index(), 1_usize..40).prop_map(|(at, length)| Edit::Remove(at, length)),
+        index().prop_map(Edit::Truncate),
+        (index(), 1_usize..60).prop_map(|(at, length)| Edit::Repeat(at, length)),
+    ]
+}
+
+fn apply(body: &mut Vec<u8>, edit: &Edit) {
+    if body.is_empty() {
+        return;
+    }
+    match edit {
+        Edit::Flip(at, bits) => {
+            let at = at.index(body.len());
+            body[at] ^= bits;
+        }
+        Edit::Insert(at, bytes) => {
+            let at = at.index(body.len());
+            body.splice(at..at, bytes.iter().copied());
+        }
+        Edit::Remove(at, length) => {
+            let at = at.index(body.len());
+            body.drain(at..(at + length).min(body.len()));
+        }
+        Edit::Truncate(at) => body.truncate(at.index(body.len())),
+        Edit::Repeat(at, length) => {
+            let at = at.index(body.len());
+            let piece = body[at..(at + length).min(body.len())].to_vec();
+            body.splice(at..at, piece);
+        }
+    }
+}
+
+type Properties = (Option<String>, Option<String>, Option<String>, Option<String>, bool);
+
+fn mutation() -> impl Strategy<Value = (CommandKind, Vec<Edit>, Properties)> {
+    let text = || prop::option::weighted(0.2, "[ -~]{0,40}");
+    let id = prop::option::weighted(
+        0.9,
+        prop_oneof![9 => "[a-f0-9]{16}", 1 => Just("the-same".to_owned())],
+    );
+    (
+        prop::sample::select(CommandKind::ALL.to_vec()),
+        prop::collection::vec(edit(), 0..4),
+        (id, text(), text(), text(), any::<bool>()),
+    )
+}
+
+fn properties((id, correlation, content_type, reply_to, traced): Properties) -> BasicProperties {
+    let mut properties = BasicProperties::default();
+    if let Some(id) = id {
+        properties = properties.with_message_id(id.into());
+    }
+    if let Some(id) = correlation {
+        properties = properties.with_correlation_id(id.into());
+    }
+    if let Some(content_type) = content_type {
+        properties = properties.with_content_type(content_type.into());
+    }
+    if let Some(queue) = reply_to {
+        properties = properties.with_reply_to(queue.into());
+    }
+    if traced {
+        let mut headers = FieldTable::default();
+        headers.insert("traceparent".into(), AMQPValue::LongLongInt(1));
+        properties = properties.with_headers(headers);
+    }
+    properties
+}
+
+#[tokio::test]
+async fn a_thousand_mutated_messages_are_all_answered_or_refused() {
+    let mut world = World::start().await;
+    let batch_id = world.submitted().await;
+    let seed = [7; 32];
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+    let strategy = mutation();
+    let mut refused = 0;
+    let mut published = Vec::new();
+    for _ in 0..MESSAGES / 100 {
+        for _ in 0..100 {
+            let (kind, edits, given) = strategy.new_tree(&mut runner).unwrap().current();
+            let mut body = match kind {
+                CommandKind::Submit => submit_body(),
+                CommandKind::Cancel | CommandKind::Get => json!({"batch_id": batch_id}),
+            }
+            .to_string()
+            .into_bytes();
+            for edit in &edits {
+                apply(&mut body, edit);
+            }
+            published.push(String::from_utf8_lossy(&body).into_owned());
+            world.publish(kind, &body, properties(given)).await;
+        }
+        for _ in 0..100 {
+            let result = world.next_result().await;
+            if result.code() == "400 invalid_command" {
+                refused += 1;
+            } else {
+                assert!(
+                    ["200", "400 command_id_reused", "404 not_found", "400 rejected_by_elevenlabs"]
+                        .contains(&result.code().as_str()),
+                    "{}",
+                    result.body
+                );
+            }
+        }
+    }
+    assert_eq!(published.len(), MESSAGES);
+    // Were it all or nothing, the mutations would be too wild or too tame to find anything.
+    assert!((200..900).contains(&refused), "{refused} of {MESSAGES} were refused");
+    world.finish().await;
+}

@@ -1,0 +1,145 @@
+//! Who gets a result, and what travels with it.
+
+use call_manager::domain::command::CommandKind;
+use futures_util::StreamExt as _;
+use lapin::BasicProperties;
+use lapin::options::BasicGetOptions;
+use lapin::types::{AMQPValue, FieldTable};
+use serde_json::json;
+use tokio::time::timeout;
+
+use crate::support::{LIMIT, Received, World, consume, exclusive_queue, submit_body, with_id};
+
+const GET: CommandKind = CommandKind::Get;
+
+fn nobody() -> Vec<u8> {
+    json!({"batch_id": "btcal_nobody"}).to_string().into_bytes()
+}
+
+#[tokio::test]
+async fn the_correlation_id_is_the_commands_own_else_its_message_id() {
+    let mut world = World::start().await;
+    world.publish(GET, &nobody(), with_id("m-1").with_correlation_id("c-1".into())).await;
+    world.publish(GET, &nobody(), with_id("m-2")).await;
+    world
+        .publish(GET, &nobody(), BasicProperties::default().with_correlation_id("c-3".into()))
+        .await;
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let result = world.next_result().await;
+        let correlation = result.properties.correlation_id().as_ref().unwrap().to_string();
+        seen.push((result.command_id(), correlation));
+    }
+    seen.sort();
+    let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+    assert_eq!(seen, [pair("c-3", "c-3"), pair("m-1", "c-1"), pair("m-2", "m-2")]);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_get_without_any_id_is_answered_under_an_id_of_the_workers() {
+    let mut world = World::start().await;
+    world.publish(GET, &nobody(), BasicProperties::default()).await;
+    let result = world.next_result().await;
+    assert_eq!(result.code(), "404 not_found");
+    let correlation = result.properties.correlation_id().as_ref().unwrap().to_string();
+    assert_eq!(result.command_id(), correlation);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn the_trace_context_is_copied_to_the_result() {
+    let mut world = World::start().await;
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let mut headers = FieldTable::default();
+    headers.insert("traceparent".into(), AMQPValue::LongString(trace.into()));
+    headers.insert("tracestate".into(), AMQPValue::LongString("vendor=1".into()));
+    world.publish(GET, &nobody(), with_id("m").with_headers(headers)).await;
+    let result = world.next_result().await;
+    assert_eq!(result.header("traceparent").as_deref(), Some(trace));
+    assert_eq!(result.header("tracestate").as_deref(), Some("vendor=1"));
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn the_result_id_is_the_same_for_a_command_that_is_published_again() {
+    let mut world = World::start().await;
+    let mut ids = Vec::new();
+    for id in ["m-1", "m-1", "m-2"] {
+        world.publish(GET, &nobody(), with_id(id)).await;
+        ids.push(world.next_result().await.message_id().to_owned());
+    }
+    assert_eq!(ids[0], ids[1]);
+    assert_ne!(ids[0], ids[2]);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn reply_to_gets_the_same_message_as_the_exchange() {
+    let mut world = World::start().await;
+    let queue = exclusive_queue(&world.channel).await;
+    let mut replies = consume(&world.channel, queue.as_str()).await;
+    // More than there are reply channels, so that some wait for their turn.
+    for n in 0..40 {
+        let properties = with_id(&format!("m-{n}")).with_reply_to(queue.clone());
+        world.publish(CommandKind::Submit, submit_body().to_string().as_bytes(), properties).await;
+    }
+    let mut results = Vec::new();
+    let mut copies = Vec::new();
+    for _ in 0..40 {
+        let result = world.next_result().await;
+        results.push((result.message_id().to_owned(), result.body));
+        let reply = timeout(LIMIT, replies.next()).await.unwrap().unwrap().unwrap();
+        assert_eq!(reply.exchange.as_str(), "");
+        let reply = Received::checked(&reply);
+        copies.push((reply.message_id().to_owned(), reply.body));
+    }
+    results.sort();
+    copies.sort();
+    assert_eq!(results, copies);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn direct_reply_to_works() {
+    let mut world = World::start().await;
+    let mut replies = consume(&world.channel, "amq.rabbitmq.reply-to").await;
+    let properties = with_id("m").with_reply_to("amq.rabbitmq.reply-to".into());
+    world.publish(GET, &nobody(), properties).await;
+    let reply = timeout(LIMIT, replies.next()).await.expect("a reply comes in time");
+    assert_eq!(Received::checked(&reply.unwrap().unwrap()).code(), "404 not_found");
+    assert_eq!(world.next_result().await.code(), "404 not_found");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_result_that_no_queue_is_bound_for_is_kept() {
+    let mut world = World::without_worker().await;
+    // The test's own results queue goes with its channel.
+    let own = std::mem::replace(
+        &mut world.channel,
+        crate::support::connect().await.create_channel().await.unwrap(),
+    );
+    own.close(200, "nobody listens".into()).await.unwrap();
+    world.start_worker(|_| {}).await;
+    let key = GET.routing_key();
+    let body = nobody();
+    let exchange = world.topology.commands_exchange();
+    let publish = world.channel.basic_publish(
+        exchange.as_str().into(),
+        key.as_str().into(),
+        lapin::options::BasicPublishOptions::default(),
+        &body,
+        with_id("m"),
+    );
+    publish.await.unwrap();
+    let unrouted = world.topology.unrouted();
+    crate::support::until("the result lies in the unrouted queue", async || {
+        world.queue(&unrouted).await.0 == 1
+    })
+    .await;
+    let kept = world.channel.basic_get(unrouted.as_str().into(), BasicGetOptions { no_ack: true });
+    let kept = Received::checked(&kept.await.unwrap().unwrap().delivery);
+    assert_eq!(kept.routing_key, "batch-calling.get.failed");
+    world.finish().await;
+}

@@ -1,0 +1,224 @@
+//! What is tried again and what is not: a submit only where it surely created nothing.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant, SystemTime};
+
+use call_manager::config::Settings;
+use call_manager::domain::command::CommandKind;
+use call_manager::elevenlabs::Class;
+use call_manager::handler::may_retry;
+use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
+use serde_json::json;
+
+use crate::support::proxy::Proxy;
+use crate::support::{World, submit_body, until};
+
+const SUBMIT: CommandKind = CommandKind::Submit;
+
+/// Every HTTP status a response can have: its class, and which commands are sent again after it.
+#[test]
+fn the_retry_class_of_every_http_status() {
+    let row = |status: u16| {
+        Class::of_status(status).map_or("done                              ".to_owned(), |class| {
+            let again = |kind| if may_retry(kind, class) { "again" } else { "-" };
+            format!(
+                "{:<11} submit {:<5}  cancel {:<5}  get {:<5}",
+                format!("{class:?}"),
+                again(CommandKind::Submit),
+                again(CommandKind::Cancel),
+                again(CommandKind::Get),
+            )
+        })
+    };
+    let mut table = String::new();
+    let mut first = 200;
+    for status in 200..600 {
+        if status == 599 || row(status + 1) != row(status) {
+            writeln!(table, "{first}..={status}  {}", row(status).trim_end()).unwrap();
+            first = status + 1;
+        }
+    }
+    insta::assert_snapshot!(table);
+}
+
+fn status(status: u16) -> Effect {
+    Effect::vendor_error(status, "a_code", "The vendor's words.")
+}
+
+/// Submits once while the vendor does `effect` to the first request.
+async fn submit_after(effect: Effect) -> (String, String, usize, usize) {
+    let mut world =
+        World::with(|settings| settings.elevenlabs_timeout = Duration::from_secs(3)).await;
+    world.sandbox.order(Fault::on(Route::Submit, effect));
+    let result = world.ask(SUBMIT, &submit_body()).await;
+    let sent = world.sandbox.requests().len();
+    let created = world.sandbox.batches().len();
+    let code = result.code();
+    let error = result.json["error"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(result.header("attempts"), Some(sent.to_string()));
+    world.finish().await;
+    (code, error, sent, created)
+}
+
+#[tokio::test]
+async fn a_refused_submit_is_not_sent_again_and_says_why() {
+    for (http, code) in [
+        (400, "400 rejected_by_elevenlabs"),
+        (401, "500 unauthorized"),
+        (403, "500 unauthorized"),
+        (404, "404 not_found"),
+        (422, "400 rejected_by_elevenlabs"),
+    ] {
+        let (got, error, sent, created) = submit_after(status(http)).await;
+        assert_eq!((got.as_str(), sent, created), (code, 1, 0), "HTTP {http}");
+        assert!(error.contains("The vendor's words"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_submit_of_unknown_outcome_is_never_sent_again() {
+    for effect in [
+        status(500),
+        status(502),
+        status(503),
+        status(504),
+        status(408),
+        status(409),
+        status(302),
+        Effect::Status(Reply::new(500).processed()),
+        Effect::Status(Reply::new(503).retry_after("0")),
+        Effect::ResetBefore,
+        Effect::ResetAfter,
+        Effect::CloseBefore,
+        Effect::CloseAfter,
+        Effect::Hang { processed: false },
+        Effect::Hang { processed: true },
+        Effect::Garbage,
+        Effect::Truncated,
+    ] {
+        let shown = format!("{effect:?}");
+        let (code, error, sent, created) = submit_after(effect).await;
+        assert_eq!((code.as_str(), sent), ("500 outcome_unknown", 1), "{shown}");
+        assert!(created <= 1);
+        assert!(error.contains("Nothing was sent again"), "{error}");
+        assert!(error.contains("a batch named \"Recordatorio de cita\""), "{error}");
+        assert!(error.contains("call_manager_command_id = "), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_rate_limited_submit_is_sent_again_and_creates_one_batch() {
+    let (code, _, sent, created) = submit_after(status(429)).await;
+    assert_eq!((code.as_str(), sent, created), ("200", 2, 1));
+}
+
+#[tokio::test]
+async fn retry_after_is_waited_for_in_both_forms() {
+    let in_three_seconds = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(3));
+    for value in [|| "2".to_owned(), in_three_seconds] {
+        let value = value();
+        let started = Instant::now();
+        let limited = Effect::Status(Reply::new(429).retry_after(&value));
+        let (code, _, sent, _) = submit_after(limited).await;
+        assert_eq!((code.as_str(), sent), ("200", 2));
+        // An HTTP date has whole seconds, and the world takes a moment to start; without the header
+        // the second attempt comes within 0.75 s.
+        assert!(
+            started.elapsed() >= Duration::from_millis(1_500),
+            "{value}: {:?}",
+            started.elapsed()
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_retry_after_past_the_horizon_ends_the_waiting_at_once() {
+    let mut world = World::with(|settings| settings.retry_horizon = Duration::from_secs(5)).await;
+    let limited = Effect::Status(Reply::new(429).retry_after("3600"));
+    world.sandbox.order(Fault::on(Route::Submit, limited));
+    let result = world.ask(SUBMIT, &submit_body()).await;
+    assert_eq!(result.code(), "500 upstream_unavailable");
+    assert_eq!(world.sandbox.requests().len(), 1);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn get_and_cancel_are_sent_again_after_every_passing_failure() {
+    let mut world =
+        World::with(|settings| settings.elevenlabs_timeout = Duration::from_secs(3)).await;
+    let id = world.submitted().await;
+    for (kind, route) in [(CommandKind::Get, Route::Get), (CommandKind::Cancel, Route::Cancel)] {
+        for effect in [
+            status(429),
+            status(500),
+            status(503),
+            status(408),
+            Effect::ResetBefore,
+            Effect::ResetAfter,
+            Effect::Hang { processed: false },
+            Effect::Garbage,
+            Effect::Truncated,
+        ] {
+            let shown = format!("{kind} {effect:?}");
+            world.sandbox.order(Fault::on(route, effect));
+            let result = world.ask(kind, &json!({"batch_id": id})).await;
+            assert_eq!(result.code(), "200", "{shown}: {}", result.body);
+            assert_eq!(result.header("attempts").as_deref(), Some("2"), "{shown}");
+        }
+    }
+    world.finish().await;
+}
+
+fn short(settings: &mut Settings) {
+    settings.retry_horizon = Duration::from_secs(1);
+}
+
+#[tokio::test]
+async fn past_the_horizon_a_get_is_unavailable_and_a_cancel_in_doubt_says_so() {
+    let mut world = World::with(short).await;
+    let id = world.submitted().await;
+    world.sandbox.order(Fault::on(Route::Any, status(503)).until_cleared());
+    let got = world.ask(CommandKind::Get, &json!({"batch_id": id})).await;
+    assert_eq!(got.code(), "500 upstream_unavailable");
+    let cancelled = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
+    assert_eq!(cancelled.code(), "500 outcome_unknown");
+    assert!(cancelled.error().contains("People may still be called"), "{}", cancelled.error());
+    world.sandbox.clear_faults();
+    world.sandbox.order(Fault::on(Route::Any, status(429)).until_cleared());
+    let cancelled = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
+    assert_eq!(cancelled.code(), "500 upstream_unavailable", "a 429 did surely nothing");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_submit_that_never_left_is_sent_when_the_vendor_is_back() {
+    let mut world = World::without_worker().await;
+    // A port on which nothing listens until the proxy does.
+    let vendor = world.sandbox.base_url().strip_prefix("http://").unwrap().parse().unwrap();
+    let reserved = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = reserved.local_addr().unwrap();
+    drop(reserved);
+    let url = format!("http://{address}").parse().unwrap();
+    world.start_worker(|settings| settings.elevenlabs_base_url = url).await;
+    let body = submit_body().to_string();
+    world.publish(SUBMIT, body.as_bytes(), crate::support::with_id("m")).await;
+    // In hand: the queue has nothing ready any more.
+    let queue = world.topology.queue(SUBMIT);
+    until("the submit is in hand", async || world.queue(&queue).await.0 == 0).await;
+    let _proxy = Proxy::at(address, vendor).await;
+    let result = world.next_result().await;
+    assert_eq!(result.code(), "200", "{}", result.body);
+    assert_eq!(world.sandbox.batches().len(), 1);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn connections_to_the_vendor_are_reused() {
+    let mut world = World::start().await;
+    let id = world.submitted().await;
+    for _ in 0..20 {
+        world.ask(CommandKind::Get, &json!({"batch_id": id})).await;
+    }
+    assert_eq!(world.sandbox.connections(), 1);
+    world.finish().await;
+}

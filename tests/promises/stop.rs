@@ -1,0 +1,100 @@
+//! A stop loses no command: each has its result, or is back in its queue.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use call_manager::domain::command::CommandKind;
+use elevenlabs_sandbox::{Effect, Fault, Route};
+
+use crate::support::{World, submit_body, until, with_id};
+
+const SUBMIT: CommandKind = CommandKind::Submit;
+
+async fn publish_fifty(world: &World) {
+    let body = submit_body().to_string();
+    for n in 0..50 {
+        world.publish(SUBMIT, body.as_bytes(), with_id(&format!("m-{n}"))).await;
+    }
+}
+
+/// After the stop, with `answered` of the fifty answered already: a new worker does the rest, and
+/// in the end there is one batch and one result for each.
+async fn nothing_is_lost(mut world: World, mut answered: HashSet<String>) {
+    world.sandbox.clear_faults();
+    world.start_worker(|_| {}).await;
+    while answered.len() < 50 {
+        assert!(answered.insert(world.next_result().await.command_id()), "answered once");
+    }
+    // A command that was answered and came back all the same would be answered before this one.
+    world.ask(SUBMIT, &submit_body()).await;
+    assert_eq!(world.sandbox.batches().len(), 51, "each was executed once");
+    world.finish().await;
+}
+
+async fn answered(world: &mut World, count: usize) -> HashSet<String> {
+    let mut answered = HashSet::new();
+    for _ in 0..count {
+        assert!(answered.insert(world.next_result().await.command_id()), "answered once");
+    }
+    answered
+}
+
+#[tokio::test]
+async fn a_stop_with_fifty_commands_in_hand_settles_them_all() {
+    let mut world = World::start().await;
+    let slow = Effect::Latency(Duration::from_secs(2));
+    world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
+    publish_fifty(&world).await;
+    until("all fifty are at the vendor", async || world.sandbox.requests().len() == 50).await;
+    world.stop_worker().await;
+    let answered = answered(&mut world, 50).await;
+    nothing_is_lost(world, answered).await;
+}
+
+#[tokio::test]
+async fn a_stop_gives_back_what_was_received_and_not_begun() {
+    let mut world = World::with(|settings| settings.broker.prefetch = 10).await;
+    let slow = Effect::Latency(Duration::from_secs(1));
+    world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
+    publish_fifty(&world).await;
+    until("some are at the vendor", async || world.sandbox.requests().len() >= 10).await;
+    world.stop_worker().await;
+    assert!(world.sandbox.requests().len() <= 30, "a stop begins nothing");
+    nothing_is_lost(world, HashSet::new()).await;
+}
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_commands_that_wait_to_be_tried_again() {
+    let mut world = World::start().await;
+    let limited = Effect::vendor_error(429, "system_busy", "Busy");
+    world.sandbox.order(Fault::on(Route::Submit, limited).until_cleared());
+    publish_fifty(&world).await;
+    until("all fifty were turned away", async || world.sandbox.requests().len() >= 50).await;
+    let started = Instant::now();
+    world.stop_worker().await;
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    let queue = world.topology.queue(SUBMIT);
+    until("all are back", async || world.queue(&queue).await.0 == 50).await;
+    nothing_is_lost(world, HashSet::new()).await;
+}
+
+#[tokio::test]
+async fn a_stop_ends_when_the_grace_period_does() {
+    let mut world = World::with(|settings| {
+        settings.elevenlabs_timeout = Duration::from_secs(20);
+        settings.shutdown_grace = Duration::from_millis(500);
+    })
+    .await;
+    world.sandbox.order(Fault::on(Route::Get, Effect::Hang { processed: false }));
+    let body = br#"{"batch_id":"btcal_1"}"#;
+    world.publish(CommandKind::Get, body, with_id("m")).await;
+    until("the get is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    let started = Instant::now();
+    world.stop_worker().await;
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    let queue = world.topology.queue(CommandKind::Get);
+    until("the command is back in its queue", async || world.queue(&queue).await.0 == 1).await;
+    world.start_worker(|_| {}).await;
+    assert_eq!(world.next_result().await.command_id(), "m");
+    world.finish().await;
+}

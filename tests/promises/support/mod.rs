@@ -1,0 +1,390 @@
+//! A world for one test: queues of its own at a real broker, a sandbox, a worker, and the results.
+
+pub mod proxy;
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use call_manager::app;
+use call_manager::broker::Topology;
+use call_manager::config::{BrokerSettings, LogSettings, Settings};
+use call_manager::domain::command::CommandKind;
+use call_manager::telemetry::LogFormat;
+use elevenlabs_sandbox::{Options, Sandbox};
+use futures_util::StreamExt as _;
+use lapin::options::{
+    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
+    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// How long anything may take before the test says what it waited for.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// The broker of this run.
+pub fn amqp_url() -> String {
+    std::env::var("AMQP_URL")
+        .expect("AMQP_URL is not set: run the tests with script/test, which sees to a RabbitMQ")
+}
+
+pub async fn connect() -> Connection {
+    let url = amqp_url();
+    let connecting = Connection::connect(&url, ConnectionProperties::default());
+    timeout(LIMIT, connecting)
+        .await
+        .expect("the broker answers in time")
+        .expect("a RabbitMQ answers at AMQP_URL: run the tests with script/test, which sees to one")
+}
+
+pub struct World {
+    pub sandbox: Sandbox,
+    pub topology: Topology,
+    pub channel: Channel,
+    prefix: String,
+    connection: Connection,
+    results: Consumer,
+    worker: Option<Running>,
+}
+
+struct Running {
+    stop: CancellationToken,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+/// A result as a consumer sees it, already checked against the contract.
+pub struct Received {
+    pub routing_key: String,
+    pub body: String,
+    pub json: Value,
+    pub properties: BasicProperties,
+}
+
+impl World {
+    /// With a worker that runs in this process.
+    pub async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// The same, with other settings than the usual ones.
+    pub async fn with(change: impl FnOnce(&mut Settings)) -> Self {
+        let mut world = Self::without_worker().await;
+        world.start_worker(change).await;
+        world
+    }
+
+    /// Broker, sandbox and results only.
+    pub async fn without_worker() -> Self {
+        let options = Options { speed: 0.0, ..Options::default() };
+        let sandbox = Sandbox::start(options).await.unwrap();
+        let prefix = format!("test-{}", Uuid::now_v7());
+        let topology = Topology::new(&prefix);
+        let connection = connect().await;
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        // Declared by the one who knows how: what a worker declares is a part of what is tested.
+        topology.declare(&channel).await.unwrap();
+        let results = listen(&channel, &topology.results_exchange()).await;
+        Self { sandbox, topology, channel, prefix, connection, results, worker: None }
+    }
+
+    /// What is needed to delete what a worker has declared under a prefix.
+    pub async fn cleaner(prefix: &str, connection: Connection) -> Self {
+        let channel = connection.create_channel().await.unwrap();
+        let unused = exclusive_queue(&channel).await;
+        Self {
+            sandbox: Sandbox::start(Options::default()).await.unwrap(),
+            topology: Topology::new(prefix),
+            results: consume(&channel, unused.as_str()).await,
+            channel,
+            prefix: prefix.to_owned(),
+            connection,
+            worker: None,
+        }
+    }
+
+    pub fn settings(&self) -> Settings {
+        Settings {
+            host: Ipv4Addr::LOCALHOST.into(),
+            port: 0,
+            elevenlabs_api_key: "sandbox-key".into(),
+            elevenlabs_base_url: self.sandbox.base_url().parse().unwrap(),
+            elevenlabs_connect_timeout: Duration::from_secs(2),
+            elevenlabs_timeout: Duration::from_secs(10),
+            broker: BrokerSettings {
+                amqp_url: amqp_url().into(),
+                shown_url: String::new(),
+                amqp_prefix: self.prefix.clone(),
+                prefetch: 64,
+            },
+            retry_horizon: Duration::from_secs(60),
+            shutdown_grace: Duration::from_secs(30),
+            log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
+        }
+    }
+
+    pub async fn start_worker(&mut self, change: impl FnOnce(&mut Settings)) {
+        let mut settings = self.settings();
+        change(&mut settings);
+        self.run_worker(settings);
+        self.until_consuming().await;
+    }
+
+    pub fn run_worker(&mut self, settings: Settings) {
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(app::run_until(settings, stop.clone()));
+        self.worker = Some(Running { stop, task });
+    }
+
+    /// Waits until a queue that was deleted is there again.
+    pub async fn until_declared(&self, kind: CommandKind) {
+        until("the queue is declared again", async || {
+            let channel = self.connection.create_channel().await.unwrap();
+            let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            let name = self.topology.queue(kind);
+            channel.queue_declare(name.into(), options, FieldTable::default()).await.is_ok()
+        })
+        .await;
+    }
+
+    pub async fn until_consuming(&self) {
+        until("every queue has its consumer", async || {
+            for kind in CommandKind::ALL {
+                if self.queue(&self.topology.queue(kind)).await.1 == 0 {
+                    return false;
+                }
+            }
+            true
+        })
+        .await;
+    }
+
+    pub async fn stop_worker(&mut self) {
+        let running = self.worker.take().expect("a worker runs");
+        running.stop.cancel();
+        timeout(LIMIT, running.task).await.expect("the worker stops in time").unwrap().unwrap();
+    }
+
+    /// Ready messages and consumers of a queue.
+    pub async fn queue(&self, name: &str) -> (u32, u32) {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let channel = self.connection.create_channel().await.unwrap();
+        let queue =
+            channel.queue_declare(name.into(), options, FieldTable::default()).await.unwrap();
+        (queue.message_count(), queue.consumer_count())
+    }
+
+    /// Publishes to the commands exchange, and waits until the broker has it.
+    pub async fn publish(&self, kind: CommandKind, body: &[u8], properties: BasicProperties) {
+        self.publish_to(&self.topology.commands_exchange(), &kind.routing_key(), body, properties)
+            .await;
+    }
+
+    pub async fn publish_to(
+        &self,
+        exchange: &str,
+        key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let publish = self
+            .channel
+            .basic_publish(exchange.into(), key.into(), options, body, properties)
+            .await
+            .unwrap();
+        let confirmed = timeout(LIMIT, publish).await.expect("the broker confirms in time");
+        assert_eq!(confirmed.unwrap(), Confirmation::Ack(None), "a queue takes the command");
+    }
+
+    /// Publishes a JSON command with a new id and waits for its result.
+    pub async fn ask(&mut self, kind: CommandKind, body: &Value) -> Received {
+        self.ask_bytes(kind, body.to_string().as_bytes()).await
+    }
+
+    pub async fn ask_bytes(&mut self, kind: CommandKind, body: &[u8]) -> Received {
+        let id = Uuid::now_v7().to_string();
+        self.publish(kind, body, with_id(&id)).await;
+        let result = self.next_result().await;
+        assert_eq!(result.command_id(), id, "the next result is this command's");
+        result
+    }
+
+    /// Submits the usual batch and returns its id.
+    pub async fn submitted(&mut self) -> String {
+        let result = self.ask(CommandKind::Submit, &submit_body()).await;
+        result.json["data"]["id"].as_str().expect("the submit succeeds").to_owned()
+    }
+
+    pub async fn next_result(&mut self) -> Received {
+        let delivery = timeout(LIMIT, self.results.next()).await.expect("a result comes in time");
+        Received::checked(&delivery.expect("the results queue stays").unwrap())
+    }
+
+    /// Stops the worker and asserts that nothing is left: no command in its queue or unacknowledged
+    /// (it would have returned), none given up on.
+    pub async fn finish(mut self) {
+        if self.worker.is_some() {
+            self.stop_worker().await;
+        }
+        let queues = CommandKind::ALL.map(|kind| self.topology.queue(kind));
+        for name in queues.iter().chain([&self.topology.dead_letter()]) {
+            // What a consumer leaves unsettled returns in the step that removes the consumer.
+            until("the consumers are gone", async || self.queue(name).await.1 == 0).await;
+            assert_eq!(self.queue(name).await.0, 0, "{name} is empty");
+        }
+        self.clean_up().await;
+    }
+
+    pub async fn clean_up(self) {
+        let names = CommandKind::ALL.map(|kind| self.topology.queue(kind));
+        for queue in
+            names.into_iter().chain([self.topology.dead_letter(), self.topology.unrouted()])
+        {
+            self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+        }
+        for exchange in [
+            self.topology.commands_exchange(),
+            self.topology.results_exchange(),
+            self.topology.dead_letter(),
+            self.topology.unrouted(),
+        ] {
+            self.channel
+                .exchange_delete(exchange.into(), ExchangeDeleteOptions::default())
+                .await
+                .unwrap();
+        }
+        self.connection.close(200, "done".into()).await.unwrap();
+        self.sandbox.stop().await;
+    }
+}
+
+/// A consumer of everything that is published to an exchange.
+pub async fn listen(channel: &Channel, exchange: &str) -> Consumer {
+    let queue = exclusive_queue(channel).await;
+    let bound = channel.queue_bind(
+        queue.clone(),
+        exchange.into(),
+        "#".into(),
+        QueueBindOptions::default(),
+        FieldTable::default(),
+    );
+    bound.await.unwrap();
+    consume(channel, queue.as_str()).await
+}
+
+pub async fn exclusive_queue(channel: &Channel) -> ShortString {
+    let options = QueueDeclareOptions {
+        exclusive: true,
+        auto_delete: true,
+        ..QueueDeclareOptions::default()
+    };
+    let queue = channel.queue_declare("".into(), options, FieldTable::default()).await.unwrap();
+    queue.name().clone()
+}
+
+pub async fn consume(channel: &Channel, queue: &str) -> Consumer {
+    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+    channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.unwrap()
+}
+
+impl Received {
+    /// Every result, of every test, has to be as the contract says.
+    pub fn checked(delivery: &lapin::message::Delivery) -> Self {
+        let body = String::from_utf8(delivery.data.clone()).expect("a result is UTF-8");
+        let received = Self {
+            routing_key: delivery.routing_key.to_string(),
+            json: serde_json::from_str(&body).expect("a result is JSON"),
+            body,
+            properties: delivery.properties.clone(),
+        };
+        let succeeded = received.json["success"] == json!(true);
+        let schema = if succeeded {
+            include_str!("../../../schemas/result-succeeded.json")
+        } else {
+            include_str!("../../../schemas/result-failed.json")
+        };
+        let schema = serde_json::from_str(schema).unwrap();
+        jsonschema::validate(&schema, &received.json).expect("a result is as its schema says");
+
+        let properties = &received.properties;
+        assert_eq!(*properties.delivery_mode(), Some(2), "a result is persistent");
+        assert_eq!(properties.content_type().as_ref().unwrap().as_str(), "application/json");
+        assert_eq!(properties.app_id().as_ref().unwrap().as_str(), "call-manager");
+        assert!(properties.timestamp().is_some());
+        assert!(properties.correlation_id().is_some());
+        Uuid::parse_str(properties.message_id().as_ref().unwrap().as_str()).unwrap();
+        let event = properties.kind().as_ref().unwrap().to_string();
+        let end = if succeeded { "succeeded" } else { "failed" };
+        assert!(event.ends_with(end), "{event} of {}", received.body);
+        assert_eq!(received.header("error_code").is_some(), !succeeded);
+        assert!(
+            ["200", "400", "404", "500"]
+                .contains(&received.header("status_code").unwrap().as_str())
+        );
+        assert!(received.header("attempts").is_some() && received.header("command_id").is_some());
+        received
+    }
+
+    pub fn header(&self, name: &str) -> Option<String> {
+        match self.properties.headers().as_ref()?.inner().get(name)? {
+            AMQPValue::LongString(text) => Some(text.to_string()),
+            AMQPValue::LongInt(number) => Some(number.to_string()),
+            AMQPValue::LongLongInt(number) => Some(number.to_string()),
+            other => panic!("header {name} is a {:?}", other.get_type()),
+        }
+    }
+
+    pub fn command_id(&self) -> String {
+        self.header("command_id").unwrap()
+    }
+
+    /// `<status_code> <error_code>`, or the status code of a success.
+    pub fn code(&self) -> String {
+        let status = self.header("status_code").unwrap();
+        match self.header("error_code") {
+            Some(code) => format!("{status} {code}"),
+            None => status,
+        }
+    }
+
+    pub fn error(&self) -> &str {
+        self.json["error"].as_str().expect("the result is a failure")
+    }
+
+    pub fn message_id(&self) -> &str {
+        self.properties.message_id().as_ref().unwrap().as_str()
+    }
+}
+
+pub fn with_id(id: &str) -> BasicProperties {
+    BasicProperties::default().with_message_id(id.into())
+}
+
+/// A small valid submit.
+pub fn submit_body() -> Value {
+    json!({
+        "call_name": "Recordatorio de cita",
+        "agent_id": "agent_1",
+        "agent_phone_number_id": "phnum_1",
+        "recipients": [
+            {"phone_number": "+14155550100", "dynamic_variables": {"nombre": "Ana", "monto": 12.5}},
+            {"phone_number": "+14155550101"}
+        ]
+    })
+}
+
+/// Waits for a condition, and fails with its name when it does not come true in time.
+pub async fn until(what: &str, condition: impl AsyncFn() -> bool) {
+    let waiting = async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(LIMIT, waiting).await.unwrap_or_else(|_| panic!("not within {LIMIT:?}: {what}"));
+}
