@@ -17,6 +17,7 @@ use crate::domain::command::CommandKind;
 use super::consumer::Lane;
 use super::publisher::Publisher;
 use super::topology::Topology;
+use super::transport;
 use super::{CALL_LIMIT, CONNECT_LIMIT, Error, HEARTBEAT, Settings};
 
 /// Everything that was built on one pair of connections.
@@ -103,8 +104,7 @@ pub(super) fn address(uri: &AMQPUri) -> String {
 /// the connection reports itself connected.
 pub(super) async fn connect(uri: AMQPUri, purpose: &str) -> lapin::Result<Connection> {
     let name = format!("call-manager {purpose}");
-    Connection::connect_uri(uri, ConnectionProperties::default().with_connection_name(name.into()))
-        .await
+    transport::connect(uri, ConnectionProperties::default().with_connection_name(name.into())).await
 }
 
 /// lapin has no time limit that a frozen broker respects.

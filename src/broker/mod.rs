@@ -5,6 +5,8 @@ mod consumer;
 mod publisher;
 mod requester;
 mod topology;
+mod transport;
+mod utf8;
 
 use std::time::Duration;
 
@@ -124,11 +126,6 @@ impl Error {
                 if reason.contains("Login was refused") =>
             {
                 Self::Credentials { at }
-            }
-            AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED)
-                if reason.contains("ACCESS_REFUSED - access to vhost") =>
-            {
-                Self::VirtualHost { at, reason }
             }
             AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => Self::Permission { reason },
             AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {

@@ -16,6 +16,10 @@ pub const COMMAND_ID_VARIABLE: &str = "call_manager_command_id";
 /// The largest body that is read, in bytes: 10,000 recipients with 1.5 KB of variables each.
 pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
 
+/// Stands for each byte of a property that is not UTF-8. ASCII has it for just that; nobody means
+/// it, so an id with it in can be told from a good one: two broken ids may have become the same.
+pub const SUBSTITUTE: char = '\u{1a}';
+
 /// Seconds from here on lie in the year 5138: such a number can only be milliseconds.
 const FIRST_MILLISECONDS: f64 = 1e11;
 
@@ -119,6 +123,21 @@ impl CommandMessage {
                 validation::excerpt(key)
             )));
         }
+        self.check_ids()?;
+        self.check_encoding()?;
+        Command::parse(self.kind(), &self.body)
+    }
+
+    fn check_ids(&self) -> Result<(), Rejection> {
+        for (name, id) in
+            [("message_id", &self.message_id), ("correlation_id", &self.correlation_id)]
+        {
+            if id.as_ref().is_some_and(|id| id.contains(SUBSTITUTE)) {
+                return Err(Rejection::of(format!(
+                    "the {name} is not UTF-8; send UTF-8 text, such as a UUID"
+                )));
+            }
+        }
         if self.kind() == CommandKind::Submit && self.producer_id().is_none() {
             return Err(Rejection::of(
                 "a submit needs a message_id (or a correlation_id), unique per command: without \
@@ -126,8 +145,7 @@ impl CommandMessage {
                  message_id, for example to a UUID",
             ));
         }
-        self.check_encoding()?;
-        Command::parse(self.kind(), &self.body)
+        Ok(())
     }
 
     fn check_encoding(&self) -> Result<(), Rejection> {

@@ -240,6 +240,23 @@ fn a_submit_needs_an_id_and_takes_the_correlation_id_where_there_is_no_message_i
 }
 
 #[test]
+fn an_id_that_was_not_utf_8_is_refused_because_another_may_have_become_the_same() {
+    let mut message = message(README_EXAMPLE);
+    message.message_id = Some("campa\u{1a}a".into());
+    let rejection = message.parse().unwrap_err().to_string();
+    assert!(
+        rejection.contains("the message_id is not UTF-8; send UTF-8 text, such as a UUID"),
+        "{rejection}"
+    );
+    message.message_id = Some("campaña".into());
+    message.correlation_id = Some("\u{1a}".into());
+    let rejection = message.parse().unwrap_err().to_string();
+    assert!(rejection.contains("the correlation_id is not UTF-8"), "{rejection}");
+    message.correlation_id = None;
+    assert!(message.parse().is_ok());
+}
+
+#[test]
 fn the_routing_key_names_the_command_and_an_unknown_one_is_refused() {
     let mut message = message(r#"{"batch_id":"b"}"#);
     message.routing_key = Some("batch-calling.get".into());

@@ -1,6 +1,6 @@
 //! Bad input gets a clear failed result, is acknowledged, and the worker goes on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use call_manager::domain::command::CommandKind;
 use lapin::BasicProperties;
@@ -8,6 +8,8 @@ use lapin::options::QueueBindOptions;
 use lapin::types::{AMQPValue, ByteArray, DecimalValue, FieldArray, FieldTable};
 use serde_json::{Value, json};
 
+use crate::support::proxy::Proxy;
+use crate::support::raw::{self, Producer, entry, long, short};
 use crate::support::{Received, World, submit_body, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
@@ -243,5 +245,90 @@ async fn a_routing_key_the_queue_is_bound_for_but_no_command_has() {
     let result = world.next_result().await;
     assert_eq!(result.routing_key, "batch-calling.submit.failed");
     refused(&mut world, &result, "the routing key \"batch-calling.retry\" names no command").await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn text_that_is_not_utf_8_in_properties_is_refused_and_blocks_nobody() {
+    const LATIN_1: &[u8] = b"campa\xf1a";
+    let (proxy, url) = Proxy::to_broker().await;
+    let mut world = World::with(|settings| settings.broker.amqp_url = url.to_string().into()).await;
+    let exchange = world.topology.commands_exchange();
+    let bound = world.channel.queue_bind(
+        world.topology.queue(SUBMIT).into(),
+        exchange.clone().into(),
+        "*".into(),
+        QueueBindOptions::default(),
+        FieldTable::default(),
+    );
+    bound.await.unwrap();
+
+    let (submit, get) = (b"batch-calling.submit".as_slice(), b"batch-calling.get".as_slice());
+    let nested = entry(b"table", b'F', &long(&entry(LATIN_1, b't', &[1])));
+    let text = short(LATIN_1);
+    // The routing key, the property, what the refusal says.
+    let cases = [
+        (submit, raw::MESSAGE_ID, text.clone(), Some("the message_id is not UTF-8")),
+        (submit, raw::CORRELATION_ID, text.clone(), Some("the correlation_id is not UTF-8")),
+        (get, raw::CORRELATION_ID, text.clone(), Some("the correlation_id is not UTF-8")),
+        (submit, raw::CONTENT_TYPE, text.clone(), Some("the content_type is \"campa?a\"")),
+        (submit, raw::REPLY_TO, text.clone(), None),
+        (submit, raw::TYPE, text, None),
+        (submit, raw::HEADERS, long(&entry(LATIN_1, b't', &[1])), None),
+        (submit, raw::HEADERS, long(&nested), None),
+        (LATIN_1, raw::TYPE, short(b"x"), Some("the routing key \"campa?a\" names no command")),
+    ];
+    let mut producer = Producer::connect().await;
+    let mut expected = HashMap::new();
+    let body = submit_body().to_string();
+    for (n, (key, property, value, refusal)) in cases.into_iter().enumerate() {
+        world.publish(SUBMIT, body.as_bytes(), with_id(&format!("good-{n}"))).await;
+        expected.insert(format!("good-{n}"), None);
+
+        let mut properties = vec![(property, value)];
+        if property == raw::MESSAGE_ID {
+            expected.insert("campa\u{1a}a".to_owned(), refusal);
+        } else {
+            properties.push((raw::MESSAGE_ID, short(format!("bad-{n}").as_bytes())));
+            properties.sort_by_key(|(bit, _)| std::cmp::Reverse(*bit));
+            expected.insert(format!("bad-{n}"), refusal);
+        }
+        let asked = if key == get { r#"{"batch_id":"btcal_x"}"# } else { &body };
+        producer.publish(&exchange, key, &properties, asked.as_bytes()).await;
+    }
+    while !expected.is_empty() {
+        let result = world.next_result().await;
+        let refusal = expected.remove(&result.command_id()).expect("one result per command");
+        match refusal {
+            None => assert_eq!(result.code(), "200", "{}", result.body),
+            Some(part) => {
+                assert_eq!(result.code(), "400 invalid_command", "{}", result.body);
+                assert!(
+                    result.error().contains(part),
+                    "{part:?} is missing in: {}",
+                    result.error()
+                );
+            }
+        }
+    }
+    assert!(!world.submitted().await.is_empty(), "the next result is the next command's");
+    assert_eq!(proxy.accepted(), 2, "the worker has never connected again");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn headers_nested_20_000_deep_do_no_harm() {
+    let mut world = World::start().await;
+    let mut array = vec![];
+    for _ in 0..20_000 {
+        array = [b"A", &long(&array)[..]].concat();
+    }
+    let headers = long(&[short(b"deep"), array].concat());
+    let properties = [(raw::HEADERS, headers), (raw::MESSAGE_ID, short(b"m"))];
+    let (exchange, key) = (world.topology.commands_exchange(), SUBMIT.routing_key());
+    let body = submit_body().to_string();
+    let mut producer = Producer::connect().await;
+    producer.publish(&exchange, key.as_bytes(), &properties, body.as_bytes()).await;
+    assert_eq!(world.next_result().await.code(), "200");
     world.finish().await;
 }

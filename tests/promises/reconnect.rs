@@ -7,26 +7,15 @@ use elevenlabs_sandbox::{Effect, Fault, Route};
 use lapin::options::QueueDeleteOptions;
 use secrecy::ExposeSecret as _;
 use serde_json::json;
-use url::Url;
 
 use crate::support::proxy::Proxy;
-use crate::support::{World, amqp_url, submit_body, until, with_id};
+use crate::support::{World, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
 
-async fn proxy() -> (Proxy, Url) {
-    let mut url: Url = amqp_url().parse().unwrap();
-    let target = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5672));
-    let target = tokio::net::lookup_host(target).await.unwrap().next().unwrap();
-    let proxy = Proxy::to(target).await;
-    url.set_host(Some(&proxy.address.ip().to_string())).unwrap();
-    url.set_port(Some(proxy.address.port())).unwrap();
-    (proxy, url)
-}
-
 /// A world whose worker reaches the broker through a proxy.
 async fn behind_proxy() -> (World, Proxy) {
-    let (proxy, url) = proxy().await;
+    let (proxy, url) = Proxy::to_broker().await;
     let world = World::with(|settings| settings.broker.amqp_url = url.to_string().into()).await;
     (world, proxy)
 }
@@ -75,7 +64,7 @@ async fn repeated_cuts_lose_nothing() {
 
 #[tokio::test]
 async fn a_broker_that_is_away_at_the_start_is_waited_for() {
-    let (proxy, url) = proxy().await;
+    let (proxy, url) = Proxy::to_broker().await;
     proxy.refuse(true);
     let mut world = World::without_worker().await;
     let mut settings = world.settings();

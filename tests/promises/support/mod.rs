@@ -1,6 +1,7 @@
 //! A world for one test: queues of its own at a real broker, a sandbox, a worker, and the results.
 
 pub mod proxy;
+pub mod raw;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -222,8 +223,12 @@ impl World {
     }
 
     pub async fn next_result(&mut self) -> Received {
+        Received::checked(&self.next_raw_result().await)
+    }
+
+    pub async fn next_raw_result(&mut self) -> lapin::message::Delivery {
         let delivery = timeout(LIMIT, self.results.next()).await.expect("a result comes in time");
-        Received::checked(&delivery.expect("the results queue stays").unwrap())
+        delivery.expect("the results queue stays").unwrap()
     }
 
     /// Stops the worker and asserts that nothing is left: no command in its queue or unacknowledged

@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
+use url::Url;
+
+use super::amqp_url;
 
 pub struct Proxy {
     pub address: SocketAddr,
@@ -17,6 +20,17 @@ pub struct Proxy {
 }
 
 impl Proxy {
+    /// In front of the broker, with the `AMQP_URL` that leads through it.
+    pub async fn to_broker() -> (Self, Url) {
+        let mut url: Url = amqp_url().parse().unwrap();
+        let target = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5672));
+        let target = tokio::net::lookup_host(target).await.unwrap().next().unwrap();
+        let proxy = Self::to(target).await;
+        url.set_host(Some(&proxy.address.ip().to_string())).unwrap();
+        url.set_port(Some(proxy.address.port())).unwrap();
+        (proxy, url)
+    }
+
     pub async fn to(target: SocketAddr) -> Self {
         Self::at("127.0.0.1:0".parse().unwrap(), target).await
     }

@@ -1,0 +1,122 @@
+//! The byte stream below a connection: TCP, TLS where the URL says so, and on top the [`Utf8Filter`].
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use async_rs::traits::Reactor;
+use async_rs::util::RuntimeParts;
+use async_rs::{Runtime, Tokio};
+use futures_io::{AsyncRead, AsyncWrite};
+use futures_util::Stream;
+use lapin::AsyncTcpStream;
+use lapin::tcp::{AMQPUriTcpExt as _, OwnedTLSConfig};
+use lapin::uri::AMQPUri;
+use lapin::{Connection, ConnectionProperties};
+
+use super::utf8::Utf8Filter;
+
+/// Connects as [`Connection::connect_uri`] does, over a filtered stream.
+pub async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
+    let tokio = Tokio::current();
+    let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Filtering(tokio.clone())));
+    let connect = async move |uri: AMQPUri, _| {
+        let tls = OwnedTLSConfig::default();
+        // On the plain runtime: with the filtering one, TLS would come on top of the filter.
+        let stream =
+            uri.connect_with_config_async(tls.as_ref(), &Runtime::new(tokio.clone())).await?;
+        Ok(AsyncTcpStream::Plain(Filtered::new(stream)))
+    };
+    Connection::connector(uri, runtime, connect, properties).await
+}
+
+type TcpOrTls = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+
+/// Tokio's reactor; only the type of its streams is another, and lapin takes that from here.
+#[derive(Clone, Debug)]
+struct Filtering(Tokio);
+
+impl Reactor for Filtering {
+    type TcpStream = Filtered;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    // The trait's own bound, `AsSysFd`, has no public name; on Unix it is these two.
+    fn register<H: Read + Write + AsFd + AsRawFd + Send + 'static>(
+        &self,
+        socket: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        self.0.register(socket)
+    }
+
+    fn sleep(&self, duration: Duration) -> Self::Sleep {
+        self.0.sleep(duration)
+    }
+
+    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.0.interval(duration)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        let connecting = self.0.tcp_connect_addr(address);
+        async move { Ok(Filtered::new(AsyncTcpStream::Plain(connecting.await?))) }
+    }
+}
+
+/// A stream that is filtered on its way in.
+struct Filtered {
+    stream: TcpOrTls,
+    filter: Utf8Filter,
+}
+
+impl Filtered {
+    fn new(stream: TcpOrTls) -> Self {
+        Self { stream, filter: Utf8Filter::default() }
+    }
+
+    fn below(self: Pin<&mut Self>) -> Pin<&mut TcpOrTls> {
+        Pin::new(&mut self.get_mut().stream)
+    }
+}
+
+impl AsyncRead for Filtered {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let Self { stream, filter } = self.get_mut();
+        filter.poll_read(buf, |into| Pin::new(&mut *stream).poll_read(cx, into))
+    }
+}
+
+impl AsyncWrite for Filtered {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.below().poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.below().poll_write_vectored(cx, bufs)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.below().poll_flush(cx)
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.below().poll_close(cx)
+    }
+}
