@@ -122,7 +122,9 @@ impl Handler {
                     () = stop.cancelled() => return Handled::GivenBack,
                 },
                 Claim::Fresh(fresh) => break fresh,
-                Claim::Settled(result) => return Handled::Answered(result),
+                Claim::Settled(result) => {
+                    return Handled::Answered(Arc::new(result.for_repeat(message)));
+                }
                 Claim::Abandoned => {
                     let outcome =
                         outcome_unknown(command_id, job, "the task that sent it ended early");
@@ -161,7 +163,7 @@ impl Handler {
                         "the batch exists, but its phone provider is not the one the command names"
                     );
                 }
-                Outcome::Succeeded { data: answer.data, warning }
+                Outcome::Succeeded { data: answer.data, batch_id: answer.batch_id, warning }
             }
             Err(error) if error.class() == Class::Unknown => {
                 outcome_unknown(command_id, job, &error.to_string())
@@ -276,7 +278,9 @@ fn finish(message: &CommandMessage, command_id: &str, ended: Attempts) -> Handle
         Attempts::Stopped => return Handled::GivenBack,
     };
     let outcome = match result {
-        Ok(answer) => Outcome::Succeeded { data: answer.data, warning: None },
+        Ok(answer) => {
+            Outcome::Succeeded { data: answer.data, batch_id: answer.batch_id, warning: None }
+        }
         Err(error)
             if in_doubt
                 && message.kind() == CommandKind::Cancel

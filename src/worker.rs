@@ -210,6 +210,7 @@ async fn settle(
     info!(
         command = event.kind.name(),
         command_id = event.command_id,
+        batch_id = event.batch_id(),
         status_code = event.status_code(),
         error_code = event.error_code().map(ErrorCode::name),
         attempts = event.attempts,

@@ -78,6 +78,8 @@ pub enum Outcome {
     Succeeded {
         /// What the vendor answered, byte for byte.
         data: Box<RawValue>,
+        /// The batch it is about.
+        batch_id: String,
         /// What the producer should know although it worked.
         warning: Option<String>,
     },
@@ -138,12 +140,24 @@ impl ResultEvent {
         Self {
             kind,
             command_id: command_id.to_owned(),
-            correlation_id: message.correlation_id.clone().unwrap_or_else(|| command_id.to_owned()),
+            correlation_id: correlation_id(message, command_id),
             message_id: Uuid::new_v5(&RESULT_IDS, &name),
             attempts,
             outcome,
             traceparent: message.traceparent.clone(),
             tracestate: message.tracestate.clone(),
+        }
+    }
+
+    /// The same result for another publication of the command: who asks again looks for the
+    /// correlation id and the trace of the message that asked.
+    #[must_use]
+    pub fn for_repeat(&self, message: &CommandMessage) -> Self {
+        Self {
+            correlation_id: correlation_id(message, &self.command_id),
+            traceparent: message.traceparent.clone(),
+            tracestate: message.tracestate.clone(),
+            ..self.clone()
         }
     }
 
@@ -169,6 +183,14 @@ impl ResultEvent {
         match &self.outcome {
             Outcome::Succeeded { .. } => None,
             Outcome::Failed { code, .. } => Some(*code),
+        }
+    }
+
+    /// The batch of a success.
+    pub fn batch_id(&self) -> Option<&str> {
+        match &self.outcome {
+            Outcome::Succeeded { batch_id, .. } => Some(batch_id),
+            Outcome::Failed { .. } => None,
         }
     }
 
@@ -203,6 +225,10 @@ impl ResultEvent {
     }
 }
 
+fn correlation_id(message: &CommandMessage, command_id: &str) -> String {
+    message.correlation_id.clone().unwrap_or_else(|| command_id.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,8 +257,11 @@ mod tests {
     #[test]
     fn the_data_of_a_success_is_the_vendors_bytes() {
         let data = "{\"z\": 1.0,\n \"a\":1e2, \"id\":\"b\", \"big\":12345678901234567890123}";
-        let outcome =
-            Outcome::Succeeded { data: RawValue::from_string(data.into()).unwrap(), warning: None };
+        let outcome = Outcome::Succeeded {
+            data: RawValue::from_string(data.into()).unwrap(),
+            batch_id: "b".into(),
+            warning: None,
+        };
         let event = ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, outcome, 1);
         assert_eq!(
             String::from_utf8(event.body()).unwrap(),

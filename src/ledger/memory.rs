@@ -154,8 +154,11 @@ mod tests {
             reply_to: None,
             body: Vec::new(),
         };
-        let outcome =
-            Outcome::Succeeded { data: RawValue::from_string("{}".into()).unwrap(), warning: None };
+        let outcome = Outcome::Succeeded {
+            data: RawValue::from_string("{}".into()).unwrap(),
+            batch_id: "b".into(),
+            warning: None,
+        };
         Arc::new(ResultEvent::new(&message, "c", ResultOf::Command, outcome, 1))
     }
 

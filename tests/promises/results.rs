@@ -75,6 +75,22 @@ async fn the_result_id_is_the_same_for_a_command_that_is_published_again() {
 }
 
 #[tokio::test]
+async fn a_repeated_submit_gets_its_result_under_the_correlation_id_it_was_repeated_with() {
+    let mut world = World::start().await;
+    let mut seen = Vec::new();
+    for correlation in ["first", "second"] {
+        let properties = with_id("m").with_correlation_id(correlation.into());
+        let body = submit_body().to_string();
+        world.publish(CommandKind::Submit, body.as_bytes(), properties).await;
+        let result = world.next_result().await;
+        assert_eq!(result.properties.correlation_id().as_ref().unwrap().as_str(), correlation);
+        seen.push((result.message_id().to_owned(), result.body));
+    }
+    assert_eq!(seen[0], seen[1]);
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn reply_to_gets_the_same_message_as_the_exchange() {
     let mut world = World::start().await;
     let queue = exclusive_queue(&world.channel).await;
