@@ -13,6 +13,8 @@
 
 mod bad_input;
 mod commands;
+mod documents;
+mod examples;
 mod mutations;
 mod reconnect;
 mod request;
