@@ -259,7 +259,7 @@ pub struct Submit {
     /// Passed on.
     pub environment: Option<Box<RawValue>>,
     /// Passed on.
-    pub telephony_call_config: Option<Box<RawValue>>,
+    pub telephony_call_config: Option<BTreeMap<String, Box<RawValue>>>,
     /// Passed on.
     pub target_concurrency_limit: Option<Box<RawValue>>,
 }

@@ -293,6 +293,12 @@ fn the_fingerprint_ignores_white_space_and_order_but_no_value() {
     assert_eq!(id(README_EXAMPLE), id(&compact));
     assert_ne!(id(README_EXAMPLE), id(&with("call_name", r#""other""#)));
     assert_ne!(id(README_EXAMPLE), id(&README_EXAMPLE.replace("Ana", "Eva")));
+    let config =
+        |text| README_EXAMPLE.replacen('{', &format!("{{\"telephony_call_config\":{text},"), 1);
+    assert_eq!(
+        id(&config(r#"{"ringing_timeout_secs":30,"twilio_call_recording_enabled":true}"#)),
+        id(&config(r#"{ "twilio_call_recording_enabled": true, "ringing_timeout_secs": 30 }"#)),
+    );
 }
 
 #[test]

@@ -12,6 +12,9 @@ use serde_json::Value;
 
 use super::command::{CommandKind, MAX_BODY_BYTES};
 
+/// As the schema of a submit says (`maxProperties`); asked before the validator is.
+const MAX_VARIABLES: usize = 1_000;
+
 /// How many faults are listed; the rest is counted.
 const LISTED_FAULTS: usize = 20;
 
@@ -30,15 +33,23 @@ impl Rejection {
     }
 
     pub(super) fn add(&mut self, path: &str, fault: &str) {
-        if self.listed.len() < LISTED_FAULTS {
-            self.listed.push(format!("{path}: {fault}"));
-        } else {
+        if self.is_full() {
             self.more += 1;
+        } else {
+            self.listed.push(format!("{path}: {fault}"));
         }
     }
 
+    fn is_full(&self) -> bool {
+        self.listed.len() >= LISTED_FAULTS
+    }
+
+    fn is_empty(&self) -> bool {
+        self.listed.is_empty()
+    }
+
     pub(super) fn into_result(self) -> Result<(), Self> {
-        if self.listed.is_empty() { Ok(()) } else { Err(self) }
+        if self.is_empty() { Ok(()) } else { Err(self) }
     }
 }
 
@@ -75,16 +86,38 @@ pub(super) fn json_text(body: &[u8]) -> Result<&str, Rejection> {
 pub(super) fn check(kind: CommandKind, text: &str) -> Result<(), Rejection> {
     let body: Value = serde_json::from_str(text)
         .map_err(|error| Rejection::of(format!("the body is not JSON: {error}")))?;
-    let schema = match kind {
-        CommandKind::Submit => &*SUBMIT,
-        CommandKind::Cancel => &*CANCEL,
-        CommandKind::Get => &*GET,
-    };
     let mut rejection = Rejection::default();
-    for error in schema.validator.iter_errors(&body) {
-        schema.explain(&error, &mut rejection);
+    match kind {
+        CommandKind::Submit => {
+            SUBMIT.check(&body, "", &mut rejection);
+            // Only as many as there may be: what is wrong with the rest does not matter.
+            if rejection.is_empty()
+                && let Some(recipients) = body["recipients"].as_array()
+            {
+                check_recipients(recipients, &mut rejection);
+            }
+        }
+        CommandKind::Cancel => CANCEL.check(&body, "", &mut rejection),
+        CommandKind::Get => GET.check(&body, "", &mut rejection),
     }
     rejection.into_result()
+}
+
+/// One by one: the validator collects every fault of what it is given before the first can be
+/// read, and a body of 16 MB has room for millions.
+fn check_recipients(recipients: &[Value], rejection: &mut Rejection) {
+    for (index, recipient) in recipients.iter().enumerate() {
+        let base = format!("recipients[{index}]");
+        let variables = recipient["dynamic_variables"].as_object().map_or(0, serde_json::Map::len);
+        if variables > MAX_VARIABLES {
+            let fault = format!("must have at most {MAX_VARIABLES} entries and has {variables}");
+            rejection.add(&format!("{base}.dynamic_variables"), &fault);
+        } else if rejection.is_full() {
+            rejection.more += usize::from(!RECIPIENT.validator.is_valid(recipient));
+        } else {
+            RECIPIENT.check(recipient, &base, rejection);
+        }
+    }
 }
 
 /// The typed form of a text that passed [`check`]. What can still fail is a repeated field.
@@ -115,12 +148,26 @@ pub fn excerpt(text: &str) -> String {
     shown
 }
 
-static SUBMIT: LazyLock<Schema> =
-    LazyLock::new(|| Schema::embedded(include_str!("../../schemas/submit.json")));
+/// A submit but for what its schema says of each recipient.
+static SUBMIT: LazyLock<Schema> = LazyLock::new(|| {
+    let mut document = embedded(include_str!("../../schemas/submit.json"));
+    document["properties"]["recipients"]["items"] = Value::Bool(true);
+    Schema::new(document)
+});
+/// What the schema of a submit says of each recipient.
+static RECIPIENT: LazyLock<Schema> = LazyLock::new(|| {
+    let mut document = embedded(include_str!("../../schemas/submit.json"));
+    Schema::new(document["properties"]["recipients"]["items"].take())
+});
 static CANCEL: LazyLock<Schema> =
-    LazyLock::new(|| Schema::embedded(include_str!("../../schemas/cancel.json")));
+    LazyLock::new(|| Schema::new(embedded(include_str!("../../schemas/cancel.json"))));
 static GET: LazyLock<Schema> =
-    LazyLock::new(|| Schema::embedded(include_str!("../../schemas/get.json")));
+    LazyLock::new(|| Schema::new(embedded(include_str!("../../schemas/get.json"))));
+
+#[expect(clippy::expect_used, reason = "a part of the binary, and every test here reads it")]
+fn embedded(text: &str) -> Value {
+    serde_json::from_str(text).expect("an embedded schema is JSON")
+}
 
 struct Schema {
     document: Value,
@@ -128,12 +175,8 @@ struct Schema {
 }
 
 impl Schema {
-    #[expect(
-        clippy::expect_used,
-        reason = "the schemas are part of the binary, and every test of this file compiles them"
-    )]
-    fn embedded(text: &str) -> Self {
-        let document = serde_json::from_str(text).expect("an embedded schema is JSON");
+    #[expect(clippy::expect_used, reason = "a part of the binary, and every test here compiles it")]
+    fn new(document: Value) -> Self {
         let validator = jsonschema::options()
             .should_validate_formats(true)
             .build(&document)
@@ -141,9 +184,16 @@ impl Schema {
         Self { document, validator }
     }
 
-    fn explain(&self, error: &ValidationError<'_>, rejection: &mut Rejection) {
+    /// Adds every fault of `value`, which lies at `base` in the body.
+    fn check(&self, value: &Value, base: &str, rejection: &mut Rejection) {
+        for error in self.validator.iter_errors(value) {
+            self.explain(&error, base, rejection);
+        }
+    }
+
+    fn explain(&self, error: &ValidationError<'_>, base: &str, rejection: &mut Rejection) {
         use ValidationErrorKind as Kind;
-        let path = human_path(error.instance_path());
+        let path = human_path(base, error.instance_path());
         let node = self.node_of(error);
         let described = || {
             let text = node.and_then(|node| node["description"].as_str());
@@ -202,9 +252,9 @@ fn child(path: &str, name: &str) -> String {
     if path == "body" { name.to_owned() } else { format!("{path}.{name}") }
 }
 
-/// `/recipients/3/phone_number` as `recipients[3].phone_number`; the whole body as `body`.
-fn human_path(location: &Location) -> String {
-    let mut path = String::new();
+/// `/phone_number` below `recipients[3]` as `recipients[3].phone_number`; the whole body as `body`.
+fn human_path(base: &str, location: &Location) -> String {
+    let mut path = base.to_owned();
     for segment in location {
         match segment {
             LocationSegment::Index(index) => {

@@ -29,7 +29,7 @@ impl SubmitRequest {
             timezone: submit.timezone.as_deref(),
             branch_id: submit.branch_id.as_deref(),
             environment: submit.environment.as_deref(),
-            telephony_call_config: submit.telephony_call_config.as_deref(),
+            telephony_call_config: submit.telephony_call_config.as_ref(),
             target_concurrency_limit: submit.target_concurrency_limit.as_deref(),
         };
         Ok(Self(serde_json::to_vec(&body)?.into()))
@@ -51,7 +51,7 @@ struct Body<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     environment: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    telephony_call_config: Option<&'a RawValue>,
+    telephony_call_config: Option<&'a BTreeMap<String, Box<RawValue>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     target_concurrency_limit: Option<&'a RawValue>,
 }
