@@ -198,20 +198,23 @@ fn message_of(status: u16, body: &[u8]) -> String {
 }
 
 /// At most 500 characters, one line, and every run of seven or more digits masked: a vendor's
-/// message may quote the number it did not like.
+/// message may quote the number it did not like. Digits within an id (next to a letter or `_`) stay.
 fn without_personal_data(text: &str) -> String {
     let mut clean = String::new();
     let mut digits = String::new();
+    let in_word = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
     for c in text.chars().take(500).chain(std::iter::once('\n')) {
         // Separators inside a number do not end it.
         if c.is_ascii_digit() || (!digits.is_empty() && matches!(c, ' ' | '-' | '(' | ')' | '.')) {
             digits.push(c);
             continue;
         }
-        if digits.chars().filter(char::is_ascii_digit).count() >= 7 {
-            let tail = digits.trim_end_matches(|c: char| !c.is_ascii_digit()).len();
+        let number = digits.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let ends_in_word = number.len() == digits.len() && in_word(Some(c));
+        let long = number.chars().filter(char::is_ascii_digit).count() >= 7;
+        if long && !ends_in_word && !in_word(clean.chars().last()) {
             clean.push_str("[number]");
-            clean.push_str(&digits[tail..]);
+            clean.push_str(&digits[number.len()..]);
         } else {
             clean.push_str(&digits);
         }
@@ -276,6 +279,8 @@ mod tests {
             "Invalid number +[number], retry 3 times in 2026"
         );
         assert_eq!(without_personal_data("call 4155550100. Bye"), "call [number]. Bye");
+        let id = "Batch call btcal_8a8249317acb4bd0 and 8249317abc were not found";
+        assert_eq!(without_personal_data(id), id);
         assert_eq!(without_personal_data(&"x".repeat(600)).len(), 500);
     }
 }
