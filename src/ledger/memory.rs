@@ -68,6 +68,7 @@ impl Memory {
         Claim::Fresh(Fresh {
             ledger: Arc::clone(self),
             command_id: command_id.to_owned(),
+            let_go: false,
             _holding: holding,
         })
     }
@@ -98,24 +99,30 @@ impl Memory {
 pub struct Fresh {
     ledger: Arc<Memory>,
     command_id: String,
+    /// The row is another claim's from here on: a drop must not touch it.
+    let_go: bool,
     _holding: watch::Sender<()>,
 }
 
 impl Fresh {
     /// The submit is done, this way or that.
-    pub fn settle(self, result: Arc<ResultEvent>) {
+    pub fn settle(mut self, result: Arc<ResultEvent>) {
+        self.let_go = true;
         self.ledger.finish(&self.command_id, State::Settled(result));
     }
 
     /// Nothing was sent: whoever comes next may start anew.
-    pub fn release(self) {
+    pub fn release(mut self) {
+        self.let_go = true;
         self.ledger.lock().by_id.remove(&self.command_id);
     }
 }
 
 impl Drop for Fresh {
     fn drop(&mut self) {
-        self.ledger.finish(&self.command_id, State::Abandoned);
+        if !self.let_go {
+            self.ledger.finish(&self.command_id, State::Abandoned);
+        }
     }
 }
 
@@ -195,7 +202,9 @@ mod tests {
     fn a_released_claim_can_be_taken_again_and_a_dropped_one_is_abandoned() {
         let ledger = Arc::new(Memory::default());
         fresh(&ledger, "c").release();
-        drop(fresh(&ledger, "c"));
+        let second = fresh(&ledger, "c");
+        assert!(matches!(ledger.claim("c", BODY), Claim::Held(_)), "the first has let go of it");
+        drop(second);
         assert!(matches!(ledger.claim("c", BODY), Claim::Abandoned));
     }
 
