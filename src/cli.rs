@@ -70,7 +70,7 @@ struct SubmitArgs {
 #[derive(Args)]
 struct BatchArgs {
     /// The JSON body: a file, or - for standard input.
-    #[arg(value_name = "FILE", conflicts_with = "batch_id", required_unless_present = "batch_id")]
+    #[arg(value_name = "FILE", conflicts_with = "batch_id")]
     body: Option<PathBuf>,
     /// The batch's id, in place of a body.
     #[arg(long, value_name = "ID")]
@@ -106,7 +106,7 @@ impl Cli {
             Some(Action::Healthcheck) => (healthcheck(config).await, FAILED),
         };
         result.unwrap_or_else(|error| {
-            for line in format!("{error:#}").lines() {
+            for line in telemetry::chain(error.as_ref()).lines() {
                 writeln!(std::io::stderr(), "call-manager: {line}").ok();
             }
             ExitCode::from(code_of_error)
@@ -136,16 +136,18 @@ async fn ask(config: Option<&Path>, request: Request) -> anyhow::Result<ExitCode
     let (broker, log) = Sources::read(config).request()?;
     telemetry::start(&log.filter, log.format);
     let broker = app::broker_settings(broker);
-    let Reply { body, succeeded } =
-        match broker::ask(&broker, kind, &message_id, &body, common.timeout).await {
-            Ok(reply) => reply,
-            Err(AskError::Broker(error)) => return Err(error.into()),
-            Err(error) => bail!(error),
-        };
+    let asking = broker::ask(&broker, kind, &message_id, &body, common.timeout);
+    let Reply { body, succeeded } = tokio::select! {
+        reply = asking => reply?,
+        signal = tokio::signal::ctrl_c() => {
+            signal?;
+            return Err(AskError::in_doubt("interrupted", &message_id).into());
+        }
+    };
     let mut out = std::io::stdout().lock();
-    out.write_all(&body)
-        .and_then(|()| out.write_all(b"\n"))
-        .context("the result cannot be printed")?;
+    out.write_all(&body).and_then(|()| out.write_all(b"\n")).with_context(|| {
+        AskError::in_doubt("there is a result, but it cannot be printed", &message_id)
+    })?;
     Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
 }
 
@@ -176,9 +178,9 @@ fn read_body(file: &Path) -> anyhow::Result<Vec<u8>> {
 }
 
 async fn healthcheck(config: Option<&Path>) -> anyhow::Result<ExitCode> {
-    let port = Sources::read(config).port()?;
+    let address = Sources::read(config).health_address()?;
     let asking = async {
-        let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
+        let mut stream = TcpStream::connect(address).await?;
         stream.write_all(b"GET /health/ready HTTP/1.0\r\nHost: localhost\r\n\r\n").await?;
         let mut answer = String::new();
         stream.take(4096).read_to_string(&mut answer).await?;
@@ -187,7 +189,7 @@ async fn healthcheck(config: Option<&Path>) -> anyhow::Result<ExitCode> {
     let answer = timeout(Duration::from_secs(3), asking)
         .await
         .context("the worker does not answer")?
-        .with_context(|| format!("no worker answers on port {port}"))?;
+        .with_context(|| format!("no worker answers at {address}"))?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     ensure!(head.split(' ').nth(1) == Some("200"), "not ready: {body}");
     Ok(ExitCode::SUCCESS)

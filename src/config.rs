@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ const LONGEST_HORIZON: Duration = Duration::from_secs(25 * 60);
 #[derive(Debug)]
 pub struct Settings {
     /// Of the health endpoint.
-    pub host: std::net::IpAddr,
+    pub host: IpAddr,
     /// Of the health endpoint; 0 takes a free one.
     pub port: u16,
     /// Sent to the vendor, shown nowhere.
@@ -128,7 +129,12 @@ impl Sources {
                     }));
                     builder = builder.add_source(source);
                 }
-                Err(error) => faults.push(format!("{} cannot be read: {error}", path.display())),
+                // The rest of the text quotes the line, which may hold the key.
+                Err(error) => faults.push(format!(
+                    "{} cannot be read: {}",
+                    path.display(),
+                    error.to_string().lines().next().unwrap_or_default()
+                )),
             }
         }
         let merged = builder.add_source(environment()).build().unwrap_or_else(|error| {
@@ -147,12 +153,8 @@ impl Sources {
             self.fault("ELEVENLABS_API_KEY has a blank or another character that no key has; copy it again, without quotes");
         }
         let settings = Settings {
-            host: self
-                .parse("host", "an IP address", "0.0.0.0", |text| text.parse().ok())
-                .unwrap_or(std::net::Ipv4Addr::UNSPECIFIED.into()),
-            port: self
-                .parse("port", "a port from 0 to 65535", "3099", |text| text.parse().ok())
-                .unwrap_or_default(),
+            host: self.host(),
+            port: self.port(),
             elevenlabs_api_key: api_key.into(),
             elevenlabs_base_url: self
                 .parse(
@@ -187,10 +189,26 @@ impl Sources {
         self.end(settings)
     }
 
-    /// The port of the health endpoint.
-    pub fn port(mut self) -> Result<u16, Faults> {
+    /// Where the health endpoint of a worker on this machine answers.
+    pub fn health_address(mut self) -> Result<SocketAddr, Faults> {
+        let (mut host, port) = (self.host(), self.port());
+        if host.is_unspecified() {
+            host = Ipv4Addr::LOCALHOST.into();
+        }
+        if port == 0 {
+            self.fault("PORT is 0, so the worker took a free one that nobody else knows; set PORT");
+        }
+        self.end(SocketAddr::new(host, port))
+    }
+
+    fn host(&mut self) -> IpAddr {
+        let host = self.parse("host", "an IP address", "0.0.0.0", |text| text.parse().ok());
+        host.unwrap_or(Ipv4Addr::UNSPECIFIED.into())
+    }
+
+    fn port(&mut self) -> u16 {
         let port = self.parse("port", "a port from 0 to 65535", "3099", |text| text.parse().ok());
-        self.end(port.unwrap_or_default())
+        port.unwrap_or_default()
     }
 
     fn broker_settings(&mut self) -> BrokerSettings {
@@ -262,8 +280,10 @@ impl Sources {
         let parsed = parse(text.trim());
         if parsed.is_none() {
             let variable = key.to_uppercase();
+            // A URL with a user in it has a password in it.
+            let shown = if text.contains('@') { "…" } else { &text };
             self.fault(&format!(
-                "{variable} is {text:?}, not {what}; example: {variable}={example}"
+                "{variable} is {shown:?}, not {what}; example: {variable}={example}"
             ));
         }
         parsed
@@ -332,9 +352,14 @@ fn shown_amqp_url(text: &str) -> Result<String, &'static str> {
     if url.host().is_none() {
         return Err("names no host");
     }
+    // "amqp://u:12#rest@h" reads as a port and a fragment: the rest of a password.
+    if url.fragment().is_some() || url.path().contains('@') {
+        return Err("has a # or / in its password; write them %23 and %2f");
+    }
     if url.password().is_some() {
         url.set_password(Some("***")).map_err(|()| "cannot have a password")?;
     }
+    url.set_query(None);
     Ok(url.to_string())
 }
 
@@ -394,7 +419,7 @@ mod tests {
                 ("ELEVENLABS_CONNECT_TIMEOUT", "2m"),
                 ("SHUTDOWN_GRACE", "30"),
                 ("LOG_FORMAT", "xml"),
-                ("ELEVENLABS_BASE_URL", "ftp://x"),
+                ("ELEVENLABS_BASE_URL", "https://user:pass-secret@x"),
                 ("AMQP_PREFIX", "amq.x"),
                 ("HOST", "localhost"),
             ],
@@ -412,7 +437,7 @@ mod tests {
             "ELEVENLABS_CONNECT_TIMEOUT is not shorter",
             "SHUTDOWN_GRACE is \"30\", not a duration from 1ms to 24h with its unit; example: SHUTDOWN_GRACE=30s",
             "LOG_FORMAT is \"xml\", not text or json",
-            "ELEVENLABS_BASE_URL is \"ftp://x\"",
+            "ELEVENLABS_BASE_URL is \"…\", not an http or https URL without user",
             "AMQP_PREFIX is \"amq.x\"",
             "HOST is \"localhost\"",
         ] {
@@ -436,6 +461,24 @@ mod tests {
         let printed = format!("{settings:?}");
         assert!(!printed.contains("secret"), "{printed}");
         assert_eq!(settings.broker.shown_url, "amqp://user:***@broker:5672/%2f");
+    }
+
+    #[test]
+    fn a_broken_file_is_told_by_its_line_and_not_by_what_stands_there() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(file, "port = 4000\nelevenlabs_api_key = sk_secret").unwrap();
+        let faults = sources(Some(file.path()), &[KEY]).worker().unwrap_err().to_string();
+        assert!(faults.contains("line 2, column 22"), "{faults}");
+        assert!(!faults.contains("secret") && faults.lines().count() == 1, "{faults}");
+    }
+
+    #[test]
+    fn a_password_that_breaks_the_url_is_not_taken_for_a_part_of_it() {
+        for url in ["amqp://u:12#secret@h", "amqp://u:12/secret@h"] {
+            let faults = sources(None, &[KEY, ("AMQP_URL", url)]).worker().unwrap_err().to_string();
+            assert!(faults.starts_with("AMQP_URL has a # or / in its password"), "{faults}");
+            assert!(!faults.contains("secret"), "{faults}");
+        }
     }
 
     #[test]

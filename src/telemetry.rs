@@ -2,7 +2,10 @@
 
 use std::io::IsTerminal as _;
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::prelude::*;
 
 /// The form of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,16 +19,23 @@ pub enum LogFormat {
 /// Sends logs to standard error, because standard output belongs to what a command prints.
 /// `filter` is a level or tracing directives, checked by the settings.
 pub fn start(filter: &str, format: LogFormat) {
-    // lapin logs what it also returns, and the worker says that in one line of its own.
-    let filter = EnvFilter::try_new(format!("lapin=off,{filter}")).unwrap_or_default();
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false);
-    match format {
-        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
-    }
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let lines = match format {
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(EnvFilter::try_new(filter).unwrap_or_default())
+        .with(filter_fn(tells_no_secret))
+        .with(lines)
+        .init();
+}
+
+/// Whatever the filter says: libraries log URLs with passwords and whole frames below `warn`, and
+/// lapin logs what it also returns, which the worker says in one line of its own.
+fn tells_no_secret(line: &Metadata<'_>) -> bool {
+    let own = line.target().starts_with("call_manager");
+    own || (*line.level() <= Level::WARN && !line.target().starts_with("lapin"))
 }
 
 /// An error with everything that caused it, in one line for the log.

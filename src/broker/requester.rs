@@ -37,20 +37,24 @@ pub enum AskError {
         "nothing takes {0} at this broker: start call-manager once, or check AMQP_URL and AMQP_PREFIX"
     )]
     NoQueue(String),
-    /// The broker refused or did not confirm the command.
-    #[error("the broker did not accept the command")]
-    NotAccepted,
-    /// No result in time. The command is still in its queue or in hand.
+    /// The command may have been published, and no result is here. It may still be executed.
     #[error(
-        "no result within {} s; the command is still on its way: ask again with --message-id {id}, \
-         which executes nothing twice while the worker runs", limit.as_secs()
+        "{reason}; the command may still be executed: ask again with --message-id {id}, which \
+         executes nothing twice while the worker runs"
     )]
-    NoResult {
-        /// How long it was waited for.
-        limit: Duration,
+    InDoubt {
+        /// What happened.
+        reason: String,
         /// The command's id.
         id: String,
     },
+}
+
+impl AskError {
+    /// No result, after the command may have been published.
+    pub fn in_doubt(reason: impl Into<String>, id: &str) -> Self {
+        Self::InDoubt { reason: reason.into(), id: id.to_owned() }
+    }
 }
 
 /// Publishes one command with the given `message_id` and waits up to `limit` for its result.
@@ -86,25 +90,26 @@ pub async fn ask(
         let key = kind.routing_key().into();
         channel.basic_publish(exchange.as_str().into(), key, options, body, properties).await?.await
     };
+    let in_doubt = |reason: String| AskError::in_doubt(reason, message_id);
     match within(CALL_LIMIT, &at, publish).await {
         Ok(Confirmation::Ack(None)) => {}
         Ok(Confirmation::Ack(Some(_))) => return Err(AskError::NoQueue(kind.routing_key())),
         Ok(Confirmation::Nack(_) | Confirmation::NotRequested) => {
-            return Err(AskError::NotAccepted);
+            return Err(in_doubt("the broker refused the command".to_owned()));
         }
         // 404: there is no such exchange.
         Err(Error::Connection { source, .. }) if source.is_amqp_soft_error() => {
             return Err(AskError::NoQueue(kind.routing_key()));
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(in_doubt(error.to_string())),
     }
 
-    let no_result = || AskError::NoResult { limit, id: message_id.to_owned() };
-    let received = timeout(limit, consumer.next()).await.map_err(|_| no_result())?;
+    let received = timeout(limit, consumer.next()).await;
+    let received = received.map_err(|_| in_doubt(format!("no result within {limit:?}")))?;
     let delivery = match received {
         Some(Ok(delivery)) => delivery,
-        Some(Err(error)) => return Err(Error::of(error, &at).into()),
-        None => return Err(no_result()),
+        Some(Err(error)) => return Err(in_doubt(Error::of(error, &at).to_string())),
+        None => return Err(in_doubt("the broker closed the connection".to_owned())),
     };
     let kind_of_result = delivery.properties.kind().as_ref().map(ToString::to_string);
     let reply = Reply {

@@ -1,11 +1,14 @@
 //! `call-manager request`: publishes one command, prints its result, and its exit code says how it went.
 
+use std::time::Duration;
+
 use elevenlabs_sandbox::{Effect, Fault, Route};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
 
 use crate::start::{finished, program};
-use crate::support::{World, amqp_url, submit_body};
+use crate::support::proxy::Proxy;
+use crate::support::{World, amqp_url, submit_body, until};
 
 async fn request(world: &World, arguments: &[&str]) -> (i32, String, String) {
     let url = amqp_url();
@@ -95,14 +98,32 @@ async fn what_could_not_be_asked_exits_2_and_says_why() {
     assert_eq!(err.lines().count(), 1, "{err}");
 
     let (code, _, err) = request(&world, &["get"]).await;
-    assert_eq!(code, 2, "a wrong command line: {err}");
+    assert_eq!((code, err.as_str()), (2, "call-manager: give a FILE, - or --batch-id\n"));
     world.clean_up().await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_lost_meanwhile_does_not_lose_the_id() {
+    let mut world = World::start().await;
+    let (proxy, url) = Proxy::to_broker().await;
+    let prefix = world.settings().broker.amqp_prefix;
+    world.sandbox.order(Fault::on(Route::Get, Effect::Latency(Duration::from_secs(2))));
+    let mut command = program(&[("AMQP_URL", url.as_str()), ("AMQP_PREFIX", &prefix)]);
+    command.args(["request", "get", "--batch-id", "btcal_1", "--message-id", "m-1"]);
+    let asking = tokio::spawn(finished(command));
+    until("the get is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    proxy.cut();
+    let (code, _, err) = asking.await.unwrap();
+    assert_eq!(code, 2);
+    assert!(err.contains("may still be executed: ask again with --message-id m-1"), "{err}");
+    world.next_result().await;
+    world.finish().await;
 }
 
 #[tokio::test]
 async fn no_result_in_time_exits_2_and_tells_how_to_ask_again() {
     let mut world = World::start().await;
-    world.sandbox.order(Fault::on(Route::Get, Effect::Latency(std::time::Duration::from_secs(2))));
+    world.sandbox.order(Fault::on(Route::Get, Effect::Latency(Duration::from_secs(2))));
     let asked = ["get", "--batch-id", "btcal_1", "--timeout", "500ms", "--message-id", "m-1"];
     let (code, _, err) = request(&world, &asked).await;
     assert_eq!(code, 2);

@@ -253,7 +253,7 @@ async fn health_is_green_while_the_process_runs_and_ready_only_while_it_consumes
 #[tokio::test]
 async fn sigterm_settles_what_is_in_hand_and_exits_0_and_no_log_line_tells_on_anybody() {
     let mut world = World::without_worker().await;
-    let process = Process::start(&world, &[("LOG_LEVEL", "trace")]).await;
+    let process = Process::start(&world, &[("LOG_LEVEL", "trace,lapin=trace")]).await;
     world.until_consuming().await;
     let slow = Effect::Latency(Duration::from_secs(1));
     world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
@@ -263,13 +263,19 @@ async fn sigterm_settles_what_is_in_hand_and_exits_0_and_no_log_line_tells_on_an
     }
     until("all are at the vendor", async || world.sandbox.requests().len() == 50).await;
     process.signal("TERM");
+    until("it is not ready while it drains", async || {
+        let (status, body) = process.get("/health/ready").await;
+        status == 503 && body["missing"][0] == "worker: stopping"
+    })
+    .await;
     let (code, log) = process.ended().await;
     assert_eq!(code, Some(0), "{log}");
     for _ in 0..50 {
         assert_eq!(world.next_result().await.code(), "200");
     }
     assert!(log.contains("\"command_id\":\"m-49\""), "what was done is logged");
-    for private in ["14155550100", "Ana", "sandbox-key", "guest:guest", "Recordatorio"] {
+    for private in ["14155550100", "Ana", "sandbox-key", "guest:guest", "password", "Recordatorio"]
+    {
         assert!(!log.contains(private), "{private} is in the log");
     }
     world.finish().await;
