@@ -110,6 +110,8 @@ write_broker_settings() {
     (umask 077 && od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >"$home/.erlang.cookie")
     cat >"$home/rabbitmq.conf" <<CONF
 listeners.tcp.local = 127.0.0.1:$2
+# Small enough for a test to pass it, and larger than any body the tests publish.
+max_message_size = 50000000
 # A machine with a small disk must not block the publishers of a run that needs a few megabytes.
 disk_free_limit.absolute = 50MB
 # The log of the quorum queues is kept in memory as well until it is this long; the default is 512 MB.

@@ -28,9 +28,9 @@ start_worker() {
     local port=$PORT
     # The worker's own grace period is 30 s.
     if [[ $1 == - ]]; then
-        start 40 "$BINARIES/call-manager" worker
+        start 60 "$BINARIES/call-manager" worker
     else
-        start 40 "$BINARIES/call-manager" worker >"$1" 2>&1
+        start 60 "$BINARIES/call-manager" worker >"$1" 2>&1
     fi
     WORKER=$!
     wait_until 60 "$WORKER" "${1/#-//dev/null}" "the worker" answers_200 "$port" /health/ready

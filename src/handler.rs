@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -17,6 +18,18 @@ use crate::telemetry::chain;
 /// Larger bodies are parsed off the reactor: 10,000 recipients take some 20 ms.
 const INLINE_BODY_BYTES: usize = 256 * 1024;
 
+/// How urgently a handler has to come to an end.
+#[derive(Clone, Debug, Default)]
+pub struct Stopping {
+    /// Begin nothing more: no new attempt, no further waiting.
+    pub soon: CancellationToken,
+    /// Do not even wait for the request that is under way.
+    pub now: CancellationToken,
+}
+
+/// How many large bodies are read at the same time: one of 16 MB can take some 300 MB of memory.
+const LARGE_BODIES_AT_ONCE: usize = 2;
+
 /// What became of a command.
 pub enum Handled {
     /// It has a result, to be published before the command is acknowledged.
@@ -30,6 +43,7 @@ pub struct Handler {
     vendor: Client,
     ledger: Arc<Memory>,
     retry: Policy,
+    large_bodies: Arc<Semaphore>,
 }
 
 /// A checked command, encoded for the vendor.
@@ -54,19 +68,25 @@ enum Attempts {
         /// One of them may have been done although it gave no answer.
         in_doubt: bool,
     },
-    /// Stopped while waiting for the next attempt: the last one is known to have done nothing.
+    /// Stopped before the first attempt or between two, after which another one is harmless.
     Stopped,
+    /// Stopped while a request was under way.
+    CutOff { attempts: u32 },
 }
 
 impl Handler {
     /// A handler with an empty ledger.
     pub fn new(vendor: Client, retry: Policy) -> Self {
-        Self { vendor, ledger: Arc::default(), retry }
+        Self {
+            vendor,
+            ledger: Arc::default(),
+            retry,
+            large_bodies: Arc::new(Semaphore::new(LARGE_BODIES_AT_ONCE)),
+        }
     }
 
-    /// Executes `message`. Waits as long as the retry policy says, and no longer once `stop` is
-    /// cancelled; a request that is under way is always waited for.
-    pub async fn handle(&self, message: Arc<CommandMessage>, stop: &CancellationToken) -> Handled {
+    /// Executes `message`. Waits as long as the retry policy and `stopping` say.
+    pub async fn handle(&self, message: Arc<CommandMessage>, stopping: &Stopping) -> Handled {
         let command_id = match message.producer_id() {
             Some(id) => id.to_owned(),
             // Nothing can be told apart by it; it only ties the result to the log line.
@@ -83,13 +103,15 @@ impl Handler {
             }
         };
         match job {
-            Job::Submit(submit) => self.submit(&message, &command_id, &submit, stop).await,
+            Job::Submit(submit) => self.submit(&message, &command_id, &submit, stopping).await,
             Job::Cancel(id) => {
-                let attempts = self.attempt(CommandKind::Cancel, stop, || self.cancel(&id)).await;
+                let attempts =
+                    self.attempt(CommandKind::Cancel, stopping, || self.cancel(&id)).await;
                 finish(&message, &command_id, attempts)
             }
             Job::Get(id) => {
-                let attempts = self.attempt(CommandKind::Get, stop, || self.vendor.get(&id)).await;
+                let attempts =
+                    self.attempt(CommandKind::Get, stopping, || self.vendor.get(&id)).await;
                 finish(&message, &command_id, attempts)
             }
         }
@@ -103,8 +125,13 @@ impl Handler {
         if message.body.len() <= INLINE_BODY_BYTES {
             return prepare(&message, command_id);
         }
+        let turn = Arc::clone(&self.large_bodies).acquire_owned().await;
         let command_id = command_id.to_owned();
-        let parsed = tokio::task::spawn_blocking(move || prepare(&message, &command_id)).await;
+        let parsed = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            prepare(&message, &command_id)
+        })
+        .await;
         parsed.unwrap_or_else(|_| Err(Rejection::of("the body could not be read")))
     }
 
@@ -113,13 +140,13 @@ impl Handler {
         message: &CommandMessage,
         command_id: &str,
         job: &SubmitJob,
-        stop: &CancellationToken,
+        stopping: &Stopping,
     ) -> Handled {
         let claim = loop {
             match self.ledger.claim(command_id, job.fingerprint) {
                 Claim::Held(held) => tokio::select! {
                     () = held.freed() => {}
-                    () = stop.cancelled() => return Handled::GivenBack,
+                    () = stopping.soon.cancelled() => return Handled::GivenBack,
                 },
                 Claim::Fresh(fresh) => break fresh,
                 Claim::Settled(result) => {
@@ -144,15 +171,20 @@ impl Handler {
             }
         };
         let attempt = || self.vendor.submit(&job.request);
-        let (result, attempts) = match self.attempt(CommandKind::Submit, stop, attempt).await {
-            Attempts::Ended { result, attempts, .. } => (result, attempts),
+        let (result, attempts) = match self.attempt(CommandKind::Submit, stopping, attempt).await {
+            Attempts::Ended { result, attempts, .. } => (Some(result), attempts),
             Attempts::Stopped => {
                 claim.release();
                 return Handled::GivenBack;
             }
+            Attempts::CutOff { attempts } => (None, attempts),
         };
         let outcome = match result {
-            Ok(answer) => {
+            // Given back, it would be sent again by the next worker.
+            None => {
+                outcome_unknown(command_id, job, "the worker was stopped before the answer came")
+            }
+            Some(Ok(answer)) => {
                 let warning = provider_warning(job.phone_provider.as_deref(), &answer);
                 if warning.is_some() {
                     warn!(
@@ -165,10 +197,10 @@ impl Handler {
                 }
                 Outcome::Succeeded { data: answer.data, batch_id: answer.batch_id, warning }
             }
-            Err(error) if error.class() == Class::Unknown => {
+            Some(Err(error)) if error.class() == Class::Unknown => {
                 outcome_unknown(command_id, job, &error.to_string())
             }
-            Err(error) => failure(&error, attempts),
+            Some(Err(error)) => failure(&error, attempts),
         };
         let result = ResultEvent::new(message, command_id, ResultOf::Command, outcome, attempts);
         let result = Arc::new(result);
@@ -184,7 +216,9 @@ impl Handler {
         };
         match self.vendor.get(id).await {
             Ok(batch) if batch.status.as_deref() == Some("cancelled") => Ok(batch),
-            _ => Err(refused),
+            // Not known yet: the next attempt asks both again.
+            Err(error) if error.class() != Class::Refused => Err(error),
+            Ok(_) | Err(_) => Err(refused),
         }
     }
 
@@ -193,7 +227,7 @@ impl Handler {
     async fn attempt<F>(
         &self,
         kind: CommandKind,
-        stop: &CancellationToken,
+        stopping: &Stopping,
         call: impl Fn() -> F,
     ) -> Attempts
     where
@@ -203,11 +237,14 @@ impl Handler {
         let mut attempts = 0;
         let mut in_doubt = false;
         loop {
-            if stop.is_cancelled() {
+            if stopping.soon.is_cancelled() {
                 return Attempts::Stopped;
             }
             attempts += 1;
-            let result = call().await;
+            let result = tokio::select! {
+                result = call() => result,
+                () = stopping.now.cancelled() => return Attempts::CutOff { attempts },
+            };
             let wait = match &result {
                 Ok(_) => None,
                 Err(error) => {
@@ -229,7 +266,7 @@ impl Handler {
             );
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
-                () = stop.cancelled() => return Attempts::Stopped,
+                () = stopping.soon.cancelled() => return Attempts::Stopped,
             }
         }
     }
@@ -275,7 +312,8 @@ fn answered(
 fn finish(message: &CommandMessage, command_id: &str, ended: Attempts) -> Handled {
     let (result, attempts, in_doubt) = match ended {
         Attempts::Ended { result, attempts, in_doubt } => (result, attempts, in_doubt),
-        Attempts::Stopped => return Handled::GivenBack,
+        // To read or to cancel twice is harmless.
+        Attempts::Stopped | Attempts::CutOff { .. } => return Handled::GivenBack,
     };
     let outcome = match result {
         Ok(answer) => {
@@ -307,7 +345,8 @@ fn failure(error: &Error, attempts: u32) -> Outcome {
             ErrorCode::Unauthorized,
             format!(
                 "ElevenLabs refused the worker's API key: {message}. The operator of call-manager \
-                 has to check ELEVENLABS_API_KEY and its permissions; then publish the command again."
+                 has to check ELEVENLABS_API_KEY and its permissions; then publish the command again with \
+                 a new message_id."
             ),
         ),
         Error::Refused { status: 404, message, .. } => (
@@ -316,7 +355,10 @@ fn failure(error: &Error, attempts: u32) -> Outcome {
         ),
         Error::Refused { message, .. } => (
             ErrorCode::RejectedByElevenlabs,
-            format!("ElevenLabs refused the command: {message}. Correct it and publish it again."),
+            format!(
+                "ElevenLabs refused the command: {message}. Correct it and publish it again with a new \
+                 message_id."
+            ),
         ),
         unavailable => (
             ErrorCode::UpstreamUnavailable,

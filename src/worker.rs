@@ -1,8 +1,11 @@
 //! Receives commands, bounds how many are in hand, publishes each result, settles, drains.
 
+use std::convert::Infallible;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use futures_util::future::join_all;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
@@ -10,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-use crate::broker::{self, Delivery, Generation, Lane, PublishError, Publisher};
+use crate::broker::{self, Alarms, Delivery, Generation, Lane, PublishError, Publisher};
 use crate::domain::command::CommandKind;
 use crate::domain::result::{ErrorCode, ResultEvent};
-use crate::handler::{Handled, Handler};
+use crate::handler::{Handled, Handler, Stopping};
 use crate::health::Readiness;
 use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
@@ -28,6 +31,9 @@ const REPUBLISH: Policy =
 
 /// A generation that held so long was a good one: the next reconnect starts at the shortest wait.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
+
+/// How long the commands that were cut off may take to publish what they have to say.
+const CUT_OFF_LIMIT: Duration = Duration::from_secs(5);
 
 /// The worker: one generation of connections after the other, until it is stopped.
 pub struct Worker {
@@ -44,14 +50,16 @@ struct Shared {
     /// Prefetch bounds what one generation receives; these bound what all of them execute. One
     /// per queue, so that a cancel never waits behind submits.
     permits: [Arc<Semaphore>; CommandKind::ALL.len()],
+    /// Cancelled when the grace period is over.
+    now: CancellationToken,
 }
 
 /// What a command in hand needs of the generation that delivered it.
 #[derive(Clone)]
 struct Link {
     publisher: Arc<Publisher>,
-    /// Cancelled when this generation is lost or the worker stops: no new attempt after that.
-    ending: CancellationToken,
+    /// `soon` when this generation is lost or the worker stops, `now` when the grace period is over.
+    stopping: Stopping,
     /// Cancelled by whoever notices that the generation is of no use any more.
     lost: CancellationToken,
 }
@@ -72,6 +80,7 @@ impl Worker {
                 readiness,
                 in_hand: TaskTracker::new(),
                 permits: CommandKind::ALL.map(|_| Arc::new(Semaphore::new(permits))),
+                now: CancellationToken::new(),
             }),
             grace,
         }
@@ -106,12 +115,15 @@ impl Worker {
                 Err(error) if !worked_once && error.needs_a_person() => return Err(error),
                 Err(error) => {
                     error!(error = chain(&error), "no connection to the broker; trying again");
-                    readiness.lost(format!("broker: {error}"));
+                    readiness.lost(format!("broker: {}", chain(&error)));
                 }
             }
             wait(&mut pace, &stop).await;
         }
+        // Of an earlier generation: there is no connection for their results, but a request that is
+        // under way has to end before the process does.
         readiness.lost("worker: stopping");
+        self.drain().await;
         Ok(())
     }
 
@@ -120,12 +132,16 @@ impl Worker {
         let lost = CancellationToken::new();
         let link = Link {
             publisher: Arc::clone(&generation.publisher),
-            ending: stop.child_token(),
+            stopping: Stopping { soon: stop.child_token(), now: self.shared.now.clone() },
             lost: lost.clone(),
         };
-        let receiving = generation.lanes.iter_mut().map(|lane| self.receive(lane, &link));
-        let ends = join_all(receiving).await;
-        link.ending.cancel();
+        let (lanes, mut alarms) = generation.parts();
+        let receiving = join_all(lanes.iter_mut().map(|lane| self.receive(lane, &link)));
+        let ends = tokio::select! {
+            ends = receiving => ends,
+            never = self.watch(&mut alarms) => match never {},
+        };
+        link.stopping.soon.cancel();
         let reason = ends.into_iter().flatten().next();
         if reason.is_none() && !lost.is_cancelled() {
             self.drain().await;
@@ -139,24 +155,45 @@ impl Worker {
         Some(reason.unwrap_or_else(|| "a result could not be published or settled".to_owned()))
     }
 
+    /// Follows the broker's alarms: what is in hand waits for its confirm meanwhile.
+    async fn watch(&self, alarms: &mut Alarms<'_>) -> Infallible {
+        loop {
+            if let Some(reason) = alarms.next().await {
+                warn!(reason, "the broker takes no messages (memory or disk alarm); waiting");
+                self.shared.readiness.lost(format!("broker: takes no messages: {reason}"));
+            } else {
+                info!("the broker takes messages again");
+                self.shared.readiness.consuming();
+            }
+        }
+    }
+
     /// Takes deliveries from one queue until the worker stops (`None`) or the generation is lost.
     async fn receive(&self, lane: &mut Lane, link: &Link) -> Option<String> {
         let permits = &self.shared.permits[lane.kind as usize];
         loop {
             let permit = tokio::select! {
                 permit = Arc::clone(permits).acquire_owned() => permit,
-                () = link.ending.cancelled() => break,
+                () = link.stopping.soon.cancelled() => break,
                 () = link.lost.cancelled() => return None,
             };
             let delivery = tokio::select! {
                 delivery = lane.next() => delivery,
-                () = link.ending.cancelled() => break,
+                () = link.stopping.soon.cancelled() => break,
                 () = link.lost.cancelled() => return None,
             };
             match (delivery, permit) {
                 (Ok(delivery), Ok(permit)) => {
                     let settled = settle(Arc::clone(&self.shared), delivery, link.clone(), permit);
-                    self.shared.in_hand.spawn(settled);
+                    let lost = link.lost.clone();
+                    self.shared.in_hand.spawn(async move {
+                        if AssertUnwindSafe(settled).catch_unwind().await.is_err() {
+                            error!(
+                                "a command's task panicked; the command will be delivered again"
+                            );
+                            lost.cancel();
+                        }
+                    });
                 }
                 (Err(reason), _) => {
                     link.lost.cancel();
@@ -165,20 +202,26 @@ impl Worker {
                 (_, Err(_closed)) => break,
             }
         }
+        self.shared.readiness.lost("worker: stopping");
         lane.stop().await;
         None
     }
 
-    /// Waits for what is in hand, as long as the grace period allows.
+    /// Waits for what is in hand as long as the grace period allows, then cuts it off.
     async fn drain(&self) {
         let in_hand = &self.shared.in_hand;
         in_hand.close();
+        if in_hand.is_empty() {
+            return;
+        }
         info!(in_hand = in_hand.len(), grace_s = self.grace.as_secs(), "stopping");
-        if timeout(self.grace, in_hand.wait()).await.is_err() {
-            warn!(
-                in_hand = in_hand.len(),
-                "the grace period is over; the commands still in hand return to their queues"
-            );
+        if timeout(self.grace, in_hand.wait()).await.is_ok() {
+            return;
+        }
+        warn!(in_hand = in_hand.len(), "the grace period is over; requests are cut off");
+        self.shared.now.cancel();
+        if timeout(CUT_OFF_LIMIT, in_hand.wait()).await.is_err() {
+            warn!(in_hand = in_hand.len(), "what is still in hand returns to its queue");
         }
     }
 }
@@ -193,14 +236,24 @@ async fn settle(
 ) {
     let started = Instant::now();
     let message = &delivery.message;
-    let event = match shared.handler.handle(Arc::clone(message), &link.ending).await {
+    let event = match shared.handler.handle(Arc::clone(message), &link.stopping).await {
         Handled::Answered(event) => event,
         Handled::GivenBack => return delivery.give_back().await,
     };
-    if let Err(error) = publish(&link, &event, message.reply_to.as_deref()).await {
-        warn!(command_id = event.command_id, error = chain(&error), "will be delivered again");
-        link.lost.cancel();
-        return;
+    let event = match publish(&link, event).await {
+        Ok(event) => event,
+        Err(error) => {
+            warn!(
+                message_id = message.producer_id(),
+                error = chain(&error),
+                "will be delivered again"
+            );
+            link.lost.cancel();
+            return;
+        }
+    };
+    if let Some(queue) = &message.reply_to {
+        link.publisher.reply(&event, queue).await;
     }
     if let Err(error) = delivery.ack().await {
         warn!(command_id = event.command_id, %error);
@@ -219,26 +272,33 @@ async fn settle(
     );
 }
 
-/// Publishes until the broker has the result or the generation ends.
+/// Publishes until the broker has the result or the generation ends; returns what was published.
 async fn publish(
     link: &Link,
-    event: &ResultEvent,
-    reply_to: Option<&str>,
-) -> Result<(), PublishError> {
+    mut event: Arc<ResultEvent>,
+) -> Result<Arc<ResultEvent>, PublishError> {
     let mut pace = REPUBLISH.start();
     loop {
-        match link.publisher.publish(event, reply_to).await {
+        match link.publisher.publish(&event).await {
+            Ok(()) => return Ok(event),
+            Err(PublishError::TooLarge { bytes }) => {
+                warn!(
+                    command_id = event.command_id,
+                    bytes, "the broker takes no such large message"
+                );
+                event = Arc::new(event.too_large(bytes));
+            }
             Err(error @ PublishError::Refused) => {
                 warn!(command_id = event.command_id, %error, "trying again");
-                if link.ending.is_cancelled() || link.lost.is_cancelled() {
+                if link.stopping.soon.is_cancelled() || link.lost.is_cancelled() {
                     return Err(error);
                 }
                 tokio::select! {
-                    () = wait(&mut pace, &link.ending) => {}
+                    () = wait(&mut pace, &link.stopping.soon) => {}
                     () = link.lost.cancelled() => {}
                 }
             }
-            other => return other,
+            Err(error) => return Err(error),
         }
     }
 }

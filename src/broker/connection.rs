@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
 use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::uri::AMQPUri;
-use lapin::{Connection, ConnectionProperties};
+use lapin::{Connection, ConnectionProperties, Event};
 use secrecy::ExposeSecret;
 use tokio::time::timeout;
 use tracing::debug;
@@ -23,9 +25,11 @@ use super::{CALL_LIMIT, CONNECT_LIMIT, Error, HEARTBEAT, Settings};
 /// Everything that was built on one pair of connections.
 pub struct Generation {
     /// One per command queue.
-    pub lanes: Vec<Lane>,
+    lanes: Vec<Lane>,
     /// Publishes results.
     pub publisher: Arc<Publisher>,
+    /// What the broker says of the publishing connection.
+    alarms: BoxStream<'static, Event>,
     // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm) blocks a whole
     // connection, and acks and deliveries must go on.
     consuming: Connection,
@@ -47,6 +51,7 @@ async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
     topology.declare(&declaring).await?;
     declaring.close(200, "declared".into()).await?;
 
+    let alarms = publishing.events_listener().boxed();
     let publisher = Publisher::new(publishing, &topology).await?;
 
     let mut lanes = Vec::new();
@@ -61,10 +66,16 @@ async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
             .await?;
         lanes.push(Lane::new(kind, channel, consumer));
     }
-    Ok(Generation { lanes, publisher: Arc::new(publisher), consuming })
+    Ok(Generation { lanes, publisher: Arc::new(publisher), alarms, consuming })
 }
 
 impl Generation {
+    /// The lanes, and beside them what tells of memory and disk alarms.
+    pub fn parts(&mut self) -> (&mut [Lane], Alarms<'_>) {
+        let alarms = Alarms { events: &mut self.alarms, publisher: Arc::clone(&self.publisher) };
+        (&mut self.lanes, alarms)
+    }
+
     /// Closes both connections, within a limit; what is unacknowledged returns to its queue.
     pub async fn close(self) {
         let both = async {
@@ -77,6 +88,29 @@ impl Generation {
             }
             Err(_) => debug!("the broker did not answer the close in time"),
         }
+    }
+}
+
+/// Memory and disk alarms of the broker: it takes no message until they are over.
+pub struct Alarms<'a> {
+    events: &'a mut BoxStream<'static, Event>,
+    publisher: Arc<Publisher>,
+}
+
+impl Alarms<'_> {
+    /// The next change: `Some(reason)` when the broker stops taking messages, `None` when it takes
+    /// them again. Waits for ever where there is none.
+    pub async fn next(&mut self) -> Option<String> {
+        while let Some(event) = self.events.next().await {
+            let reason = match event {
+                Event::ConnectionBlocked(reason) => Some(reason),
+                Event::ConnectionUnblocked => None,
+                _ => continue,
+            };
+            self.publisher.set_blocked(reason.is_some());
+            return reason;
+        }
+        std::future::pending().await
     }
 }
 

@@ -14,6 +14,11 @@ use crate::domain::command::{CommandKind, CommandMessage};
 
 use super::CALL_LIMIT;
 
+/// W3C Trace Context, 3.2: 55 bytes in version 00, and a little more room for later ones.
+const TRACEPARENT_BYTES: usize = 128;
+/// W3C Trace Context, 3.3.1.5: what has to be propagated.
+const TRACESTATE_BYTES: usize = 512;
+
 /// The consumer of one command queue, on a channel of its own: a channel that the broker closes
 /// takes only its own deliveries back.
 pub struct Lane {
@@ -69,14 +74,16 @@ impl Delivery {
     fn new(queue: CommandKind, mut received: Received) -> Self {
         let body = std::mem::take(&mut received.data);
         let properties = &received.properties;
-        let header = |name: &str| {
+        // Of another type or longer, it is no trace context; copied, it could make the result's
+        // headers larger than a frame.
+        let header = |name: &str, longest: usize| {
             let headers = properties.headers().as_ref()?;
-            match headers.inner().get(name)? {
-                AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).ok(),
-                AMQPValue::ShortString(text) => Some(text.to_string()),
-                // Of any other type it is no trace context.
-                _ => None,
-            }
+            let text = match headers.inner().get(name)? {
+                AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok()?,
+                AMQPValue::ShortString(text) => text.as_str(),
+                _ => return None,
+            };
+            (text.len() <= longest).then(|| text.to_owned())
         };
         let message = CommandMessage {
             queue,
@@ -87,8 +94,8 @@ impl Delivery {
             correlation_id: present(properties.correlation_id().as_ref()),
             content_type: present(properties.content_type().as_ref()),
             content_encoding: present(properties.content_encoding().as_ref()),
-            traceparent: header("traceparent"),
-            tracestate: header("tracestate"),
+            traceparent: header("traceparent", TRACEPARENT_BYTES),
+            tracestate: header("tracestate", TRACESTATE_BYTES),
             reply_to: present(properties.reply_to().as_ref()),
             body,
         };

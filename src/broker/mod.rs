@@ -15,7 +15,7 @@ use lapin::protocol::AMQPErrorKind;
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use secrecy::SecretString;
 
-pub use connection::{Generation, open};
+pub use connection::{Alarms, Generation, open};
 pub use consumer::{Delivery, Lane, NotSettled};
 pub use publisher::{PublishError, Publisher};
 pub use requester::{AskError, Reply, ask};
@@ -91,7 +91,7 @@ pub enum Error {
         reason: String,
     },
     /// Anything else.
-    #[error("the connection to the broker at {at} failed: {source}")]
+    #[error("the connection to the broker at {at} failed")]
     Connection {
         /// host:port.
         at: String,

@@ -1,12 +1,15 @@
 //! Publishes results and waits until the broker has confirmed them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind};
 use tokio::sync::Semaphore;
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tracing::warn;
 
@@ -19,6 +22,13 @@ use super::topology::Topology;
 /// channel, so replies take turns on so many channels.
 const REPLY_CHANNELS: usize = 8;
 
+/// A larger result goes over a channel of its own: one that the broker finds too large closes its
+/// channel, and with it would go the confirms of all others.
+const SHARED_CHANNEL_BYTES: usize = 64 * 1024;
+
+/// Well within the broker's ack time-out of 30 minutes, even after a long retry.
+const ALARM_LIMIT: Duration = Duration::from_secs(4 * 60);
+
 const PERSISTENT: u8 = 2;
 
 /// Why a result is not known to be safe with the broker.
@@ -29,6 +39,12 @@ pub enum PublishError {
         "the broker refused the result: a queue bound for it is full (x-overflow reject-publish)"
     )]
     Refused,
+    /// It is larger than the broker's `max_message_size` (16 MiB by default since 4.0).
+    #[error("the broker takes no message of {bytes} bytes")]
+    TooLarge {
+        /// Of the body.
+        bytes: usize,
+    },
     /// No confirm came.
     #[error("the broker did not confirm the result within {} s", CONFIRM_LIMIT.as_secs())]
     Silent,
@@ -42,6 +58,8 @@ pub struct Publisher {
     connection: Connection,
     results: Channel,
     exchange: String,
+    /// The broker takes no message for now, and says so.
+    blocked: AtomicBool,
     reply_turn: Semaphore,
     idle_reply_channels: Mutex<Vec<Channel>>,
 }
@@ -52,6 +70,7 @@ impl Publisher {
             results: confirming_channel(&connection).await?,
             connection,
             exchange: topology.results_exchange(),
+            blocked: AtomicBool::new(false),
             reply_turn: Semaphore::new(REPLY_CHANNELS),
             idle_reply_channels: Mutex::default(),
         })
@@ -61,55 +80,57 @@ impl Publisher {
         self.connection.close(200, "stopping".into()).await
     }
 
-    /// Publishes a result, and a copy to `reply_to`. Returns once the result is confirmed; a reply
-    /// that cannot be delivered is logged, because the result is on the exchange all the same.
-    pub async fn publish(
-        &self,
-        event: &ResultEvent,
-        reply_to: Option<&str>,
-    ) -> Result<(), PublishError> {
+    /// Publishes a result and waits until the broker has confirmed it.
+    pub async fn publish(&self, event: &ResultEvent) -> Result<(), PublishError> {
         let body = event.body();
-        let properties = properties(event);
-        let result = self.confirmed(event, &body, properties.clone());
-        match reply_to {
-            None => result.await,
-            Some(queue) => {
-                let (published, ()) =
-                    tokio::join!(result, self.reply(event, queue, &body, properties));
-                published
-            }
-        }
-    }
-
-    async fn confirmed(
-        &self,
-        event: &ResultEvent,
-        body: &[u8],
-        properties: BasicProperties,
-    ) -> Result<(), PublishError> {
-        let publish = async {
-            let options = BasicPublishOptions::default();
-            let (exchange, key) = (self.exchange.as_str().into(), event.routing_key().into());
-            self.results.basic_publish(exchange, key, options, body, properties).await?.await
-        };
-        match timeout(CONFIRM_LIMIT, publish).await {
+        match self.patiently(self.confirmed(event, &body)).await {
             Ok(Ok(Confirmation::Ack(_))) => Ok(()),
             Ok(Ok(Confirmation::Nack(_) | Confirmation::NotRequested)) => {
                 Err(PublishError::Refused)
+            }
+            Ok(Err(error)) if body.len() > SHARED_CHANNEL_BYTES && refuses_size(&error) => {
+                Err(PublishError::TooLarge { bytes: body.len() })
             }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(PublishError::Silent),
         }
     }
 
-    async fn reply(
-        &self,
-        event: &ResultEvent,
-        queue: &str,
-        body: &[u8],
-        properties: BasicProperties,
-    ) {
-        let delivered = timeout(CONFIRM_LIMIT, self.try_reply(queue, body, properties)).await;
+    pub(super) fn set_blocked(&self, blocked: bool) {
+        self.blocked.store(blocked, Ordering::Relaxed);
+    }
+
+    /// Waits up to the confirm limit, or [`ALARM_LIMIT`] while the broker says that it is blocked:
+    /// to give up would deliver the command again and again, until it is dead-lettered.
+    async fn patiently<T>(&self, confirm: impl Future<Output = T>) -> Result<T, Elapsed> {
+        let mut confirm = std::pin::pin!(confirm);
+        let since = Instant::now();
+        loop {
+            match timeout(CONFIRM_LIMIT, &mut confirm).await {
+                Err(_) if self.blocked.load(Ordering::Relaxed) && since.elapsed() < ALARM_LIMIT => {
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn confirmed(&self, event: &ResultEvent, body: &[u8]) -> lapin::Result<Confirmation> {
+        let own;
+        let channel = if body.len() > SHARED_CHANNEL_BYTES {
+            own = confirming_channel(&self.connection).await?;
+            &own
+        } else {
+            &self.results
+        };
+        let (exchange, key) = (self.exchange.as_str().into(), event.routing_key().into());
+        let options = BasicPublishOptions::default();
+        channel.basic_publish(exchange, key, options, body, properties(event)).await?.await
+    }
+
+    /// Sends a copy of a published result to the queue that the command names. One that cannot be
+    /// delivered is logged: the result is on the exchange all the same.
+    pub async fn reply(&self, event: &ResultEvent, queue: &str) {
+        let delivered = self.patiently(self.try_reply(event, queue)).await;
         let reason = match delivered {
             Ok(Ok(Confirmation::Ack(None))) => return,
             Ok(Ok(Confirmation::Ack(Some(_)))) => "no queue has the name in reply_to".to_owned(),
@@ -123,12 +144,7 @@ impl Publisher {
         );
     }
 
-    async fn try_reply(
-        &self,
-        queue: &str,
-        body: &[u8],
-        properties: BasicProperties,
-    ) -> lapin::Result<Confirmation> {
+    async fn try_reply(&self, event: &ResultEvent, queue: &str) -> lapin::Result<Confirmation> {
         // Never closed, so an error cannot come; the permit is what matters.
         let _turn = self.reply_turn.acquire().await;
         let idle = self.idle_reply_channels.lock().unwrap_or_else(PoisonError::into_inner).pop();
@@ -137,12 +153,18 @@ impl Publisher {
             None => confirming_channel(&self.connection).await?,
         };
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let confirm = channel.basic_publish("".into(), queue.into(), options, body, properties);
+        let (body, properties) = (event.body(), properties(event));
+        let confirm = channel.basic_publish("".into(), queue.into(), options, &body, properties);
         let confirmation = confirm.await?.await?;
         // Only a channel that is still good goes back: a refused permission closes it.
         self.idle_reply_channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
         Ok(confirmation)
     }
+}
+
+fn refuses_size(error: &lapin::Error) -> bool {
+    let precondition = AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED);
+    matches!(error.kind(), ErrorKind::ProtocolError(error) if *error.kind() == precondition)
 }
 
 async fn confirming_channel(connection: &Connection) -> lapin::Result<Channel> {

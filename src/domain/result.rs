@@ -161,6 +161,20 @@ impl ResultEvent {
         }
     }
 
+    /// What is said in place of a result that the broker finds too large.
+    #[must_use]
+    pub fn too_large(&self, bytes: usize) -> Self {
+        let outcome = Outcome::Failed {
+            code: ErrorCode::UpstreamUnavailable,
+            error: format!(
+                "The answer of ElevenLabs has {bytes} bytes, and RabbitMQ takes no message of that \
+                 size. The operator of call-manager has to raise max_message_size there; the batch \
+                 itself is as it was."
+            ),
+        };
+        Self { outcome, ..self.clone() }
+    }
+
     /// `batch-calling.<command>.succeeded` or `.failed`: routing key and AMQP `type`.
     pub fn routing_key(&self) -> String {
         let end = match self.outcome {

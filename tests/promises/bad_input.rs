@@ -215,6 +215,34 @@ async fn headers_of_every_amqp_type_do_no_harm() {
 }
 
 #[tokio::test]
+async fn trace_headers_as_large_as_a_frame_are_not_copied() {
+    let mut world = World::start().await;
+    let mut headers = FieldTable::default();
+    headers.insert("traceparent".into(), AMQPValue::LongString("x".repeat(60_000).into()));
+    headers.insert("tracestate".into(), AMQPValue::LongString("x".repeat(60_000).into()));
+    let properties = with_id("m").with_headers(headers);
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
+    let result = world.next_result().await;
+    assert_eq!(result.code(), "200", "{}", result.body);
+    assert_eq!((result.header("traceparent"), result.header("tracestate")), (None, None));
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn sixteen_megabytes_of_wrong_entries() {
+    let body = format!("{{\"recipients\":[0{}]}}", ",0".repeat(8_000_000));
+    refuses(SUBMIT, body.as_bytes(), "at most 10000 entries and has 8000001").await;
+    let variables: Vec<_> = (0..1_200_000).map(|n| format!("\"{n}\":{{}}")).collect();
+    let body = format!(
+        "{{\"call_name\":\"n\",\"agent_id\":\"a\",\"agent_phone_number_id\":\"p\",\"recipients\":\
+         [{{\"phone_number\":\"+14155550100\",\"dynamic_variables\":{{{}}}}}]}}",
+        variables.join(",")
+    );
+    assert!(body.len() < 16 * 1024 * 1024);
+    refuses(SUBMIT, body.as_bytes(), "dynamic_variables: must have at most 1000 entries").await;
+}
+
+#[tokio::test]
 async fn a_reply_to_that_does_not_exist_costs_only_the_reply() {
     let mut world = World::start().await;
     for n in 0..20 {

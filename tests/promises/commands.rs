@@ -86,6 +86,17 @@ async fn a_cancel_of_a_batch_that_is_already_cancelled_succeeds() {
 }
 
 #[tokio::test]
+async fn a_cancel_that_cannot_see_at_once_that_the_batch_is_cancelled_tries_again() {
+    let mut world = World::start().await;
+    let id = world.submitted().await;
+    world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
+    world.sandbox.order(Fault::on(Route::Get, Effect::Status(Reply::new(503))));
+    let result = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
+    assert_eq!(result.code(), "200", "{}", result.body);
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn a_cancel_of_a_batch_that_is_over_says_so() {
     let mut world = World::start().await;
     let id = world.submitted().await;
@@ -154,6 +165,22 @@ async fn ten_thousand_recipients_go_through() {
     let result = world.ask(CommandKind::Submit, &submit).await;
     assert_eq!(result.code(), "200", "{}", result.body);
     assert_eq!(world.sandbox.batches()[0].recipients.len(), 10_000);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_too_large_for_the_broker_is_a_clear_failure_and_harms_nobody() {
+    let mut world = World::start().await;
+    let id = world.submitted().await;
+    // More than the 50 MB that the broker of script/test takes; another one may take it.
+    let answer = format!("{{\"id\":\"{id}\",\"padding\":\"{}\"}}", "x".repeat(55_000_000));
+    world.sandbox.order(Fault::on(Route::Get, Effect::Status(Reply::new(200).text(&answer))));
+    let result = world.ask(CommandKind::Get, &json!({"batch_id": id})).await;
+    if result.code() != "200" {
+        assert_eq!(result.code(), "500 upstream_unavailable");
+        assert!(result.error().contains("has to raise max_message_size"), "{}", result.error());
+    }
+    assert_eq!(result.header("attempts").as_deref(), Some("1"), "the vendor was asked once");
     world.finish().await;
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{Effect, Fault, Route};
 
+use crate::support::proxy::Proxy;
 use crate::support::{World, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
@@ -97,4 +98,42 @@ async fn a_stop_ends_when_the_grace_period_does() {
     world.start_worker(|_| {}).await;
     assert_eq!(world.next_result().await.command_id(), "m");
     world.finish().await;
+}
+
+#[tokio::test]
+async fn a_submit_that_outlasts_the_grace_period_is_answered_and_not_sent_again() {
+    let mut world = World::with(|settings| {
+        settings.shutdown_grace = Duration::from_millis(500);
+    })
+    .await;
+    world.sandbox.order(Fault::on(Route::Submit, Effect::Latency(Duration::from_secs(3))));
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
+    until("the submit is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    world.stop_worker().await;
+    let result = world.next_result().await;
+    assert_eq!(result.code(), "500 outcome_unknown");
+    assert!(result.error().contains("the worker was stopped"), "{}", result.error());
+    until("the vendor has done it", async || world.sandbox.batches().len() == 1).await;
+    world.start_worker(|_| {}).await;
+    world.ask(SUBMIT, &submit_body()).await;
+    assert_eq!(world.sandbox.batches().len(), 2, "one of each submit");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_stop_while_the_broker_is_away_still_waits_for_the_request_under_way() {
+    let mut world = World::without_worker().await;
+    let (proxy, url) = Proxy::to_broker().await;
+    world.start_worker(|settings| settings.broker.amqp_url = url.to_string().into()).await;
+    world.sandbox.order(Fault::on(Route::Submit, Effect::Latency(Duration::from_secs(2))));
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
+    until("the submit is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    proxy.refuse(true);
+    proxy.cut();
+    until("the worker tries to connect", async || proxy.refused() > 0).await;
+    let started = Instant::now();
+    world.stop_worker().await;
+    assert!(started.elapsed() > Duration::from_secs(1), "{:?}", started.elapsed());
+    assert_eq!(world.sandbox.requests()[0].status, Some(200), "its answer was waited for");
+    world.clean_up().await;
 }
