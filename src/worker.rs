@@ -1,7 +1,7 @@
 //! Receives commands, bounds how many are in hand, publishes each result, settles, drains.
 
-use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-use crate::broker::{self, Alarms, Delivery, Generation, Lane, PublishError, Publisher};
+use crate::broker::{
+    self, Delivery, Generation, Lane, PublishError, Publisher, Publishing, PublishingEvents,
+};
 use crate::domain::command::CommandKind;
 use crate::domain::result::{ErrorCode, ResultEvent};
 use crate::handler::{Handled, Handler, Stopping};
@@ -135,14 +137,21 @@ impl Worker {
             stopping: Stopping { soon: stop.child_token(), now: self.shared.now.clone() },
             lost: lost.clone(),
         };
-        let (lanes, mut alarms) = generation.parts();
-        let receiving = join_all(lanes.iter_mut().map(|lane| self.receive(lane, &link)));
-        let ends = tokio::select! {
-            ends = receiving => ends,
-            never = self.watch(&mut alarms) => match never {},
+        let reasons = {
+            let (lanes, mut events) = generation.parts();
+            let lanes = lanes.iter_mut().map(|lane| self.receive(lane, &link));
+            let mut receiving = pin!(join_all(lanes));
+            tokio::select! {
+                reasons = &mut receiving => reasons,
+                reason = self.watch(&mut events) => {
+                    lost.cancel();
+                    receiving.await;
+                    vec![Some(reason)]
+                }
+            }
         };
         link.stopping.soon.cancel();
-        let reason = ends.into_iter().flatten().next();
+        let reason = reasons.into_iter().flatten().next();
         if reason.is_none() && !lost.is_cancelled() {
             self.drain().await;
             generation.close().await;
@@ -155,15 +164,20 @@ impl Worker {
         Some(reason.unwrap_or_else(|| "a result could not be published or settled".to_owned()))
     }
 
-    /// Follows the broker's alarms: what is in hand waits for its confirm meanwhile.
-    async fn watch(&self, alarms: &mut Alarms<'_>) -> Infallible {
+    /// Follows the publishing connection until it is lost; returns why. During an alarm, what is in
+    /// hand waits for its confirm.
+    async fn watch(&self, events: &mut PublishingEvents<'_>) -> String {
         loop {
-            if let Some(reason) = alarms.next().await {
-                warn!(reason, "the broker takes no messages (memory or disk alarm); waiting");
-                self.shared.readiness.lost(format!("broker: takes no messages: {reason}"));
-            } else {
-                info!("the broker takes messages again");
-                self.shared.readiness.consuming();
+            match events.next().await {
+                Publishing::Blocked(reason) => {
+                    warn!(reason, "the broker takes no messages (memory or disk alarm); waiting");
+                    self.shared.readiness.lost(format!("broker: takes no messages: {reason}"));
+                }
+                Publishing::Unblocked => {
+                    info!("the broker takes messages again");
+                    self.shared.readiness.consuming();
+                }
+                Publishing::Lost(reason) => return reason,
             }
         }
     }
@@ -290,11 +304,12 @@ async fn publish(
             }
             Err(error @ PublishError::Refused) => {
                 warn!(command_id = event.command_id, %error, "trying again");
-                if link.stopping.soon.is_cancelled() || link.lost.is_cancelled() {
+                // A stop alone is no reason: unpublished, the command would be executed again.
+                if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
                     return Err(error);
                 }
                 tokio::select! {
-                    () = wait(&mut pace, &link.stopping.soon) => {}
+                    () = wait(&mut pace, &link.stopping.now) => {}
                     () = link.lost.cancelled() => {}
                 }
             }

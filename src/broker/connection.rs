@@ -28,8 +28,8 @@ pub struct Generation {
     lanes: Vec<Lane>,
     /// Publishes results.
     pub publisher: Arc<Publisher>,
-    /// What the broker says of the publishing connection.
-    alarms: BoxStream<'static, Event>,
+    /// Of the publishing connection.
+    events: BoxStream<'static, Event>,
     // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm) blocks a whole
     // connection, and acks and deliveries must go on.
     consuming: Connection,
@@ -51,7 +51,7 @@ async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
     topology.declare(&declaring).await?;
     declaring.close(200, "declared".into()).await?;
 
-    let alarms = publishing.events_listener().boxed();
+    let events = publishing.events_listener().boxed();
     let publisher = Publisher::new(publishing, &topology).await?;
 
     let mut lanes = Vec::new();
@@ -66,14 +66,15 @@ async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
             .await?;
         lanes.push(Lane::new(kind, channel, consumer));
     }
-    Ok(Generation { lanes, publisher: Arc::new(publisher), alarms, consuming })
+    Ok(Generation { lanes, publisher: Arc::new(publisher), events, consuming })
 }
 
 impl Generation {
-    /// The lanes, and beside them what tells of memory and disk alarms.
-    pub fn parts(&mut self) -> (&mut [Lane], Alarms<'_>) {
-        let alarms = Alarms { events: &mut self.alarms, publisher: Arc::clone(&self.publisher) };
-        (&mut self.lanes, alarms)
+    /// The lanes, and beside them what happens to the publishing connection.
+    pub fn parts(&mut self) -> (&mut [Lane], PublishingEvents<'_>) {
+        let events = &mut self.events;
+        let publisher = Arc::clone(&self.publisher);
+        (&mut self.lanes, PublishingEvents { events, publisher })
     }
 
     /// Closes both connections, within a limit; what is unacknowledged returns to its queue.
@@ -91,26 +92,37 @@ impl Generation {
     }
 }
 
-/// Memory and disk alarms of the broker: it takes no message until they are over.
-pub struct Alarms<'a> {
+/// A change of the publishing connection. That of the consuming one shows in the lanes.
+pub enum Publishing {
+    /// A memory or disk alarm: the broker takes no message until it is over.
+    Blocked(String),
+    /// The broker takes messages again.
+    Unblocked,
+    /// The connection is gone.
+    Lost(String),
+}
+
+/// What happens to the publishing connection, as it happens.
+pub struct PublishingEvents<'a> {
     events: &'a mut BoxStream<'static, Event>,
     publisher: Arc<Publisher>,
 }
 
-impl Alarms<'_> {
-    /// The next change: `Some(reason)` when the broker stops taking messages, `None` when it takes
-    /// them again. Waits for ever where there is none.
-    pub async fn next(&mut self) -> Option<String> {
-        while let Some(event) = self.events.next().await {
-            let reason = match event {
-                Event::ConnectionBlocked(reason) => Some(reason),
-                Event::ConnectionUnblocked => None,
-                _ => continue,
-            };
-            self.publisher.set_blocked(reason.is_some());
-            return reason;
+impl PublishingEvents<'_> {
+    /// The next change; waits for ever where there is none.
+    pub async fn next(&mut self) -> Publishing {
+        loop {
+            match self.events.next().await {
+                Some(Event::ConnectionBlocked(reason)) => return Publishing::Blocked(reason),
+                Some(Event::ConnectionUnblocked) => return Publishing::Unblocked,
+                // That of a single channel comes here too.
+                Some(Event::Error(error)) if !self.publisher.is_connected() => {
+                    return Publishing::Lost(error.to_string());
+                }
+                Some(_) => {}
+                None => return Publishing::Lost("the publishing connection ended".to_owned()),
+            }
         }
-        std::future::pending().await
     }
 }
 

@@ -15,7 +15,7 @@ use lapin::protocol::AMQPErrorKind;
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use secrecy::SecretString;
 
-pub use connection::{Alarms, Generation, open};
+pub use connection::{Generation, Publishing, PublishingEvents, open};
 pub use consumer::{Delivery, Lane, NotSettled};
 pub use publisher::{PublishError, Publisher};
 pub use requester::{AskError, Reply, ask};

@@ -1,6 +1,5 @@
 //! Publishes results and waits until the broker has confirmed them.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -58,8 +57,6 @@ pub struct Publisher {
     connection: Connection,
     results: Channel,
     exchange: String,
-    /// The broker takes no message for now, and says so.
-    blocked: AtomicBool,
     reply_turn: Semaphore,
     idle_reply_channels: Mutex<Vec<Channel>>,
 }
@@ -70,7 +67,6 @@ impl Publisher {
             results: confirming_channel(&connection).await?,
             connection,
             exchange: topology.results_exchange(),
-            blocked: AtomicBool::new(false),
             reply_turn: Semaphore::new(REPLY_CHANNELS),
             idle_reply_channels: Mutex::default(),
         })
@@ -96,8 +92,8 @@ impl Publisher {
         }
     }
 
-    pub(super) fn set_blocked(&self, blocked: bool) {
-        self.blocked.store(blocked, Ordering::Relaxed);
+    pub(super) fn is_connected(&self) -> bool {
+        self.connection.status().connected()
     }
 
     /// Waits up to the confirm limit, or [`ALARM_LIMIT`] while the broker says that it is blocked:
@@ -107,8 +103,7 @@ impl Publisher {
         let since = Instant::now();
         loop {
             match timeout(CONFIRM_LIMIT, &mut confirm).await {
-                Err(_) if self.blocked.load(Ordering::Relaxed) && since.elapsed() < ALARM_LIMIT => {
-                }
+                Err(_) if self.connection.status().blocked() && since.elapsed() < ALARM_LIMIT => {}
                 ended => return ended,
             }
         }

@@ -174,7 +174,8 @@ async fn an_answer_that_is_too_large_for_the_broker_is_a_clear_failure_and_harms
     let id = world.submitted().await;
     // More than the 50 MB that the broker of script/test takes; another one may take it.
     let answer = format!("{{\"id\":\"{id}\",\"padding\":\"{}\"}}", "x".repeat(55_000_000));
-    world.sandbox.order(Fault::on(Route::Get, Effect::Status(Reply::new(200).text(&answer))));
+    let answered = Effect::Status(Reply::new(200).text(&answer));
+    world.sandbox.order(Fault::on(Route::Get, answered).until_cleared());
     let result = world.ask(CommandKind::Get, &json!({"batch_id": id})).await;
     if result.code() != "200" {
         assert_eq!(result.code(), "500 upstream_unavailable");

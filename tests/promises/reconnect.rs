@@ -44,6 +44,19 @@ async fn a_cut_while_a_submit_is_at_the_vendor_makes_no_second_batch() {
 }
 
 #[tokio::test]
+async fn either_connection_is_missed_at_once_and_both_are_rebuilt() {
+    for number in [1, 2] {
+        let (mut world, proxy) = behind_proxy().await;
+        proxy.cut_only(number);
+        // Idle: nothing is published or acknowledged that could find the connection gone.
+        until("both are connected again", async || proxy.accepted() >= 4).await;
+        world.until_consuming().await;
+        assert!(!world.submitted().await.is_empty());
+        world.finish().await;
+    }
+}
+
+#[tokio::test]
 async fn repeated_cuts_lose_nothing() {
     let (mut world, proxy) = behind_proxy().await;
     let mut answered = std::collections::HashSet::new();

@@ -11,9 +11,17 @@ use url::Url;
 
 use super::amqp_url;
 
+/// Which connections break.
+#[derive(Clone, Copy, PartialEq)]
+enum Cut {
+    All,
+    /// The nth that was served, from 1.
+    Only(usize),
+}
+
 pub struct Proxy {
     pub address: SocketAddr,
-    cut: broadcast::Sender<()>,
+    cut: broadcast::Sender<Cut>,
     refusing: Arc<AtomicBool>,
     refused: Arc<AtomicUsize>,
     accepted: Arc<AtomicUsize>,
@@ -53,13 +61,20 @@ impl Proxy {
                     refused.fetch_add(1, Ordering::SeqCst);
                     continue;
                 }
-                accepted.fetch_add(1, Ordering::SeqCst);
+                let number = accepted.fetch_add(1, Ordering::SeqCst) + 1;
                 let mut cut = cut.subscribe();
                 tokio::spawn(async move {
                     let mut outbound = TcpStream::connect(target).await.unwrap();
+                    let is_cut = async {
+                        while let Ok(which) = cut.recv().await {
+                            if which == Cut::All || which == Cut::Only(number) {
+                                return;
+                            }
+                        }
+                    };
                     tokio::select! {
                         _ = copy_bidirectional(&mut inbound, &mut outbound) => {}
-                        _ = cut.recv() => {}
+                        () = is_cut => {}
                     }
                 });
             }
@@ -69,7 +84,12 @@ impl Proxy {
 
     /// Breaks every connection there is.
     pub fn cut(&self) {
-        self.cut.send(()).ok();
+        self.cut.send(Cut::All).ok();
+    }
+
+    /// Breaks the nth connection that was served, from 1.
+    pub fn cut_only(&self, number: usize) {
+        self.cut.send(Cut::Only(number)).ok();
     }
 
     /// From now on, new connections are closed at once, or served again.
