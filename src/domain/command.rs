@@ -339,4 +339,4 @@ fn unescaped(json: &str) -> Cow<'_, str> {
 
 #[cfg(test)]
 #[path = "command_tests.rs"]
-mod tests;
+pub mod tests;

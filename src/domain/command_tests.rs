@@ -35,7 +35,8 @@ fn fault(body: &str) -> String {
     text.strip_suffix(". Nothing was sent to ElevenLabs.").unwrap().to_owned()
 }
 
-fn message(body: &str) -> CommandMessage {
+/// A submit with the id `c-1` and nothing else said.
+pub fn message(body: &str) -> CommandMessage {
     CommandMessage {
         queue: CommandKind::Submit,
         routing_key: None,

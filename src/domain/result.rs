@@ -246,21 +246,7 @@ fn correlation_id(message: &CommandMessage, command_id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn message(body: &str) -> CommandMessage {
-        CommandMessage {
-            queue: CommandKind::Submit,
-            routing_key: None,
-            message_id: Some("c-1".into()),
-            correlation_id: None,
-            content_type: None,
-            content_encoding: None,
-            traceparent: None,
-            tracestate: None,
-            reply_to: None,
-            body: body.into(),
-        }
-    }
+    use crate::domain::command::tests::message;
 
     fn failed(body: &str, of: ResultOf) -> ResultEvent {
         let outcome =

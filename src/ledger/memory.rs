@@ -141,7 +141,7 @@ impl Held {
 mod tests {
     use serde_json::value::RawValue;
 
-    use crate::domain::command::{CommandKind, CommandMessage};
+    use crate::domain::command::tests::message;
     use crate::domain::result::{Outcome, ResultOf};
 
     use super::*;
@@ -149,18 +149,7 @@ mod tests {
     const BODY: Uuid = Uuid::from_u128(1);
 
     fn result() -> Arc<ResultEvent> {
-        let message = CommandMessage {
-            queue: CommandKind::Submit,
-            routing_key: None,
-            message_id: Some("c".into()),
-            correlation_id: None,
-            content_type: None,
-            content_encoding: None,
-            traceparent: None,
-            tracestate: None,
-            reply_to: None,
-            body: Vec::new(),
-        };
+        let message = message("");
         let outcome = Outcome::Succeeded {
             data: RawValue::from_string("{}".into()).unwrap(),
             batch_id: "b".into(),
