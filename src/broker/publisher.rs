@@ -25,6 +25,9 @@ const REPLY_CHANNELS: usize = 8;
 /// channel, and with it would go the confirms of all others.
 const SHARED_CHANNEL_BYTES: usize = 64 * 1024;
 
+/// A connection has 2,047 channels at most, and a PREFETCH may ask for more at a time.
+const LARGE_AT_ONCE: usize = 8;
+
 /// Well within the broker's ack time-out of 30 minutes, even after a long retry.
 const ALARM_LIMIT: Duration = Duration::from_secs(4 * 60);
 
@@ -57,6 +60,7 @@ pub struct Publisher {
     connection: Connection,
     results: Channel,
     exchange: String,
+    large_turn: Semaphore,
     reply_turn: Semaphore,
     idle_reply_channels: Mutex<Vec<Channel>>,
 }
@@ -67,6 +71,7 @@ impl Publisher {
             results: confirming_channel(&connection).await?,
             connection,
             exchange: topology.results_exchange(),
+            large_turn: Semaphore::new(LARGE_AT_ONCE),
             reply_turn: Semaphore::new(REPLY_CHANNELS),
             idle_reply_channels: Mutex::default(),
         })
@@ -110,8 +115,10 @@ impl Publisher {
     }
 
     async fn confirmed(&self, event: &ResultEvent, body: &[u8]) -> lapin::Result<Confirmation> {
-        let own;
+        // Never closed, so an error cannot come; the permit is what matters.
+        let (_turn, own);
         let channel = if body.len() > SHARED_CHANNEL_BYTES {
+            _turn = self.large_turn.acquire().await;
             own = confirming_channel(&self.connection).await?;
             &own
         } else {

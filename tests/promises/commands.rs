@@ -169,6 +169,25 @@ async fn ten_thousand_recipients_go_through() {
 }
 
 #[tokio::test]
+async fn large_answers_go_through_many_at_a_time() {
+    let mut world = World::start().await;
+    let mut submit = submit_body();
+    submit["recipients"] = (0..500).map(|n| json!({"phone_number": format!("+1{n:09}")})).collect();
+    let result = world.ask(CommandKind::Submit, &submit).await;
+    let reference = json!({"batch_id": result.json["data"]["id"]}).to_string();
+    for n in 0..40 {
+        let id = format!("m-{n}");
+        world.publish(CommandKind::Get, reference.as_bytes(), with_id(&id)).await;
+    }
+    for _ in 0..40 {
+        let result = world.next_result().await;
+        assert!(result.body.len() > 100_000, "more than a shared channel takes");
+        assert_eq!(result.json["data"]["recipients"].as_array().unwrap().len(), 500);
+    }
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn an_answer_that_is_too_large_for_the_broker_is_a_clear_failure_and_harms_nobody() {
     let mut world = World::start().await;
     let id = world.submitted().await;
