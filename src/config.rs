@@ -16,7 +16,7 @@ use crate::telemetry::LogFormat;
 const DEFAULTS: &str = include_str!("config.default.toml");
 
 /// Longer, and the broker's 30 minute ack time-out would take commands back while they are retried.
-const LONGEST_HORIZON: Duration = Duration::from_secs(25 * 60);
+const LONGEST_HORIZON: Duration = Duration::from_secs(20 * 60);
 
 /// What the worker needs.
 #[derive(Debug)]
@@ -178,7 +178,7 @@ impl Sources {
             );
         }
         if settings.retry_horizon > LONGEST_HORIZON {
-            self.fault("RETRY_HORIZON is longer than 25m, and the broker takes a command back after 30; set at most RETRY_HORIZON=25m");
+            self.fault("RETRY_HORIZON is longer than 20m, and the broker takes a command back after 30; set at most RETRY_HORIZON=20m");
         }
         self.end(settings)
     }
@@ -353,7 +353,8 @@ fn shown_amqp_url(text: &str) -> Result<String, &'static str> {
         return Err("names no host");
     }
     // "amqp://u:12#rest@h" reads as a port and a fragment: the rest of a password.
-    if url.fragment().is_some() || url.path().contains('@') {
+    let no_user = url.username().is_empty() && url.password().is_none();
+    if url.fragment().is_some() || (no_user && url.path().contains('@')) {
         return Err("has a # or / in its password; write them %23 and %2f");
     }
     if url.password().is_some() {
@@ -433,7 +434,7 @@ mod tests {
             "PORT is \"99999\", not a port from 0 to 65535; example: PORT=3099",
             "AMQP_URL does not begin with amqp:// or amqps://; example: AMQP_URL=amqp://",
             "PREFETCH is \"0\", not a number from 1 to 2000; example: PREFETCH=64",
-            "RETRY_HORIZON is longer than 25m",
+            "RETRY_HORIZON is longer than 20m",
             "ELEVENLABS_CONNECT_TIMEOUT is not shorter",
             "SHUTDOWN_GRACE is \"30\", not a duration from 1ms to 24h with its unit; example: SHUTDOWN_GRACE=30s",
             "LOG_FORMAT is \"xml\", not text or json",
@@ -479,6 +480,13 @@ mod tests {
             assert!(faults.starts_with("AMQP_URL has a # or / in its password"), "{faults}");
             assert!(!faults.contains("secret"), "{faults}");
         }
+    }
+
+    #[test]
+    fn a_virtual_host_may_have_an_at_sign() {
+        let url = ("AMQP_URL", "amqp://u:p@h/tenant@prod");
+        let settings = sources(None, &[KEY, url]).worker().unwrap();
+        assert_eq!(settings.broker.shown_url, "amqp://u:***@h/tenant@prod");
     }
 
     #[test]

@@ -217,7 +217,9 @@ impl Handler {
         match self.vendor.get(id).await {
             Ok(batch) if batch.status.as_deref() == Some("cancelled") => Ok(batch),
             // Not known yet: the next attempt asks both again.
-            Err(error) if error.class() != Class::Refused => Err(error),
+            Err(error) if refused.class() == Class::Refused && error.class() != Class::Refused => {
+                Err(error)
+            }
             Ok(_) | Err(_) => Err(refused),
         }
     }
@@ -242,6 +244,7 @@ impl Handler {
             }
             attempts += 1;
             let result = tokio::select! {
+                biased;
                 result = call() => result,
                 () = stopping.now.cancelled() => return Attempts::CutOff { attempts },
             };

@@ -106,7 +106,7 @@ impl Worker {
                     info!(prefetch = self.broker.prefetch, "consuming");
                     readiness.consuming();
                     let Some(reason) = self.serve(generation, &stop).await else {
-                        break;
+                        return Ok(());
                     };
                     warn!(reason, "the broker is lost; connecting again");
                     readiness.lost(format!("broker: {reason}"));
@@ -124,7 +124,6 @@ impl Worker {
         }
         // Of an earlier generation: there is no connection for their results, but a request that is
         // under way has to end before the process does.
-        readiness.lost("worker: stopping");
         self.drain().await;
         Ok(())
     }
@@ -224,6 +223,7 @@ impl Worker {
     /// Waits for what is in hand as long as the grace period allows, then cuts it off.
     async fn drain(&self) {
         let in_hand = &self.shared.in_hand;
+        self.shared.readiness.lost("worker: stopping");
         in_hand.close();
         if in_hand.is_empty() {
             return;
@@ -267,7 +267,11 @@ async fn settle(
         }
     };
     if let Some(queue) = &message.reply_to {
-        link.publisher.reply(&event, queue).await;
+        // The result is safe: a reply that hangs must not cost the ack.
+        tokio::select! {
+            () = link.publisher.reply(&event, queue) => {}
+            () = link.stopping.now.cancelled() => {}
+        }
     }
     if let Err(error) = delivery.ack().await {
         warn!(command_id = event.command_id, %error);

@@ -72,7 +72,7 @@ fn modules_import_only_what_is_below_them() {
         ("config", &["telemetry"]),
         ("ledger", &["domain"]),
         ("elevenlabs", &["domain"]),
-        ("broker", &["domain"]),
+        ("broker", &["domain", "telemetry"]),
         ("handler", &["domain", "elevenlabs", "ledger", "retry", "telemetry"]),
         ("worker", &["broker", "domain", "handler", "health", "retry", "telemetry"]),
         ("app", &["broker", "config", "elevenlabs", "handler", "health", "retry", "worker"]),

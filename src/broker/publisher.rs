@@ -106,11 +106,15 @@ impl Publisher {
     async fn patiently<T>(&self, confirm: impl Future<Output = T>) -> Result<T, Elapsed> {
         let mut confirm = std::pin::pin!(confirm);
         let since = Instant::now();
+        let mut was_blocked = false;
         loop {
-            match timeout(CONFIRM_LIMIT, &mut confirm).await {
-                Err(_) if self.connection.status().blocked() && since.elapsed() < ALARM_LIMIT => {}
-                ended => return ended,
+            let ended = timeout(CONFIRM_LIMIT, &mut confirm).await;
+            let blocked = self.connection.status().blocked();
+            // One more limit after the alarm: what waited for it has only just left.
+            if ended.is_ok() || !(blocked || was_blocked) || since.elapsed() >= ALARM_LIMIT {
+                return ended;
             }
+            was_blocked = blocked;
         }
     }
 

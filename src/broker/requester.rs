@@ -12,6 +12,7 @@ use secrecy::ExposeSecret;
 use tokio::time::timeout;
 
 use crate::domain::command::CommandKind;
+use crate::telemetry::chain;
 
 use super::connection::{address, connect, parse, within};
 use super::topology::Topology;
@@ -101,14 +102,18 @@ pub async fn ask(
         Err(Error::Connection { source, .. }) if source.is_amqp_soft_error() => {
             return Err(AskError::NoQueue(kind.routing_key()));
         }
-        Err(error) => return Err(in_doubt(error.to_string())),
+        // 406: a body over the broker's max_message_size.
+        Err(Error::OtherArguments { reason }) => {
+            return Err(in_doubt(format!("the broker refused the command: {reason}")));
+        }
+        Err(error) => return Err(in_doubt(chain(&error))),
     }
 
     let received = timeout(limit, consumer.next()).await;
     let received = received.map_err(|_| in_doubt(format!("no result within {limit:?}")))?;
     let delivery = match received {
         Some(Ok(delivery)) => delivery,
-        Some(Err(error)) => return Err(in_doubt(Error::of(error, &at).to_string())),
+        Some(Err(error)) => return Err(in_doubt(chain(&Error::of(error, &at)))),
         None => return Err(in_doubt("the broker closed the connection".to_owned())),
     };
     let kind_of_result = delivery.properties.kind().as_ref().map(ToString::to_string);

@@ -127,6 +127,16 @@ fn every_rule_of_the_contract_has_a_sentence_with_a_path() {
 }
 
 #[test]
+fn faults_of_the_body_and_of_its_recipients_are_told_together() {
+    let told = fault(r#"{"call_name":"n","agent_id":"a","recipients":[{"phone_number":7}]}"#);
+    assert_eq!(
+        told,
+        "agent_phone_number_id: is required; \
+         recipients[0].phone_number: must be a string, not a number"
+    );
+}
+
+#[test]
 fn an_unknown_field_is_named_together_with_the_known_ones() {
     let fault = fault(&with("shedule", "1"));
     assert!(fault.starts_with("shedule: is not a known field; known are agent_id, "), "{fault}");

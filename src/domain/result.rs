@@ -164,15 +164,21 @@ impl ResultEvent {
     /// What is said in place of a result that the broker finds too large.
     #[must_use]
     pub fn too_large(&self, bytes: usize) -> Self {
-        let outcome = Outcome::Failed {
-            code: ErrorCode::UpstreamUnavailable,
-            error: format!(
-                "The answer of ElevenLabs has {bytes} bytes, and RabbitMQ takes no message of that \
-                 size. The operator of call-manager has to raise max_message_size there; the batch \
-                 itself is as it was."
+        let what = format!(
+            "The answer of ElevenLabs has {bytes} bytes, and RabbitMQ takes no message of that size"
+        );
+        let operator = "The operator of call-manager has to raise max_message_size there";
+        let (code, error) = match (self.kind, self.batch_id()) {
+            (CommandKind::Submit | CommandKind::Cancel, Some(batch)) => (
+                ErrorCode::OutcomeUnknown,
+                format!(
+                    "{what}; but it was done: do not publish it again. Look at batch {batch} in \
+                     ElevenLabs. {operator}."
+                ),
             ),
+            _ => (ErrorCode::UpstreamUnavailable, format!("{what}. {operator}.")),
         };
-        Self { outcome, ..self.clone() }
+        Self { outcome: Outcome::Failed { code, error }, ..self.clone() }
     }
 
     /// `batch-calling.<command>.succeeded` or `.failed`: routing key and AMQP `type`.
@@ -278,6 +284,21 @@ mod tests {
         assert_eq!(event.routing_key(), "batch-calling.submit.failed");
         assert_eq!(event.correlation_id, "c-1");
         assert_eq!(event.error_code(), Some(ErrorCode::InvalidCommand));
+    }
+
+    #[test]
+    fn a_submit_whose_result_is_too_large_for_the_broker_is_never_reported_as_not_done() {
+        let outcome = Outcome::Succeeded {
+            data: RawValue::from_string("{}".into()).unwrap(),
+            batch_id: "btcal_1".into(),
+            warning: None,
+        };
+        let mut event = ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, outcome, 1);
+        assert_eq!(event.too_large(70_000).error_code(), Some(ErrorCode::OutcomeUnknown));
+        let body = String::from_utf8(event.too_large(70_000).body()).unwrap();
+        assert!(body.contains("do not publish it again. Look at batch btcal_1"), "{body}");
+        event.kind = CommandKind::Get;
+        assert_eq!(event.too_large(70_000).error_code(), Some(ErrorCode::UpstreamUnavailable));
     }
 
     #[test]

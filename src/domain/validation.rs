@@ -12,6 +12,9 @@ use serde_json::Value;
 
 use super::command::{CommandKind, MAX_BODY_BYTES};
 
+/// As the schema of a submit says (`maxItems`).
+const MAX_RECIPIENTS: usize = 10_000;
+
 /// As the schema of a submit says (`maxProperties`); asked before the validator is.
 const MAX_VARIABLES: usize = 1_000;
 
@@ -90,9 +93,9 @@ pub(super) fn check(kind: CommandKind, text: &str) -> Result<(), Rejection> {
     match kind {
         CommandKind::Submit => {
             SUBMIT.check(&body, "", &mut rejection);
-            // Only as many as there may be: what is wrong with the rest does not matter.
-            if rejection.is_empty()
-                && let Some(recipients) = body["recipients"].as_array()
+            // Of more than there may be, what is wrong with each does not matter.
+            if let Some(recipients) = body["recipients"].as_array()
+                && recipients.len() <= MAX_RECIPIENTS
             {
                 check_recipients(recipients, &mut rejection);
             }

@@ -198,31 +198,42 @@ fn message_of(status: u16, body: &[u8]) -> String {
 }
 
 /// At most 500 characters, one line, and every run of seven or more digits masked: a vendor's
-/// message may quote the number it did not like. Digits within an id (next to a letter or `_`) stay.
+/// message may quote the number it did not like. Digits of an id (next to a letter or `_`) stay.
 fn without_personal_data(text: &str) -> String {
     let mut clean = String::new();
-    let mut digits = String::new();
-    let in_word = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    let mut run = String::new();
     for c in text.chars().take(500).chain(std::iter::once('\n')) {
         // Separators inside a number do not end it.
-        if c.is_ascii_digit() || (!digits.is_empty() && matches!(c, ' ' | '-' | '(' | ')' | '.')) {
-            digits.push(c);
+        if c.is_ascii_digit() || (!run.is_empty() && matches!(c, ' ' | '-' | '(' | ')' | '.')) {
+            run.push(c);
             continue;
         }
-        let number = digits.trim_end_matches(|c: char| !c.is_ascii_digit());
-        let ends_in_word = number.len() == digits.len() && in_word(Some(c));
-        let long = number.chars().filter(char::is_ascii_digit).count() >= 7;
-        if long && !ends_in_word && !in_word(clean.chars().last()) {
-            clean.push_str("[number]");
-            clean.push_str(&digits[number.len()..]);
-        } else {
-            clean.push_str(&digits);
-        }
-        digits.clear();
+        push_masked(&mut clean, &run, c);
+        run.clear();
         clean.push(if c.is_control() { ' ' } else { c });
     }
     // The message becomes a part of a sentence that has its own full stop.
     clean.trim().trim_end_matches('.').to_owned()
+}
+
+/// Appends a run of digits and separators that `next` ends.
+fn push_masked(clean: &mut String, run: &str, next: char) {
+    let in_word = |c: char| c.is_alphanumeric() || c == '_';
+    let digit = |c: char| c.is_ascii_digit();
+    let after_id =
+        if clean.chars().last().is_some_and(in_word) { run.trim_start_matches(digit) } else { run };
+    let number = if in_word(next) { after_id.trim_end_matches(digit) } else { after_id };
+    let (id, rest) = run.split_at(run.len() - after_id.len());
+    clean.push_str(id);
+    if number.chars().filter(char::is_ascii_digit).count() < 7 {
+        clean.push_str(rest);
+        return;
+    }
+    let inner = number.trim_matches(|c: char| !c.is_ascii_digit());
+    let begin = number.find(inner).unwrap_or_default();
+    clean.push_str(&rest[..begin]);
+    clean.push_str("[number]");
+    clean.push_str(&rest[begin + inner.len()..]);
 }
 
 #[cfg(test)]
@@ -281,6 +292,10 @@ mod tests {
         assert_eq!(without_personal_data("call 4155550100. Bye"), "call [number]. Bye");
         let id = "Batch call btcal_8a8249317acb4bd0 and 8249317abc were not found";
         assert_eq!(without_personal_data(id), id);
+        assert_eq!(
+            without_personal_data("agent_12 4155550100 and 12 4155550100 9x"),
+            "agent_12 [number] and [number] 9x"
+        );
         assert_eq!(without_personal_data(&"x".repeat(600)).len(), 500);
     }
 }
