@@ -12,12 +12,6 @@ use serde_json::Value;
 
 use super::command::{CommandKind, MAX_BODY_BYTES};
 
-/// As the schema of a submit says (`maxItems`).
-const MAX_RECIPIENTS: usize = 10_000;
-
-/// As the schema of a submit says (`maxProperties`); asked before the validator is.
-const MAX_VARIABLES: usize = 1_000;
-
 /// How many faults are listed; the rest is counted.
 const LISTED_FAULTS: usize = 20;
 
@@ -95,7 +89,7 @@ pub(super) fn check(kind: CommandKind, text: &str) -> Result<(), Rejection> {
             SUBMIT.check(&body, "", &mut rejection);
             // Of more than there may be, what is wrong with each does not matter.
             if let Some(recipients) = body["recipients"].as_array()
-                && recipients.len() <= MAX_RECIPIENTS
+                && recipients.len() <= SUBMIT.limit("/properties/recipients/maxItems")
             {
                 check_recipients(recipients, &mut rejection);
             }
@@ -109,11 +103,12 @@ pub(super) fn check(kind: CommandKind, text: &str) -> Result<(), Rejection> {
 /// One by one: the validator collects every fault of what it is given before the first can be
 /// read, and a body of 16 MB has room for millions.
 fn check_recipients(recipients: &[Value], rejection: &mut Rejection) {
+    let most = RECIPIENT.limit("/properties/dynamic_variables/maxProperties");
     for (index, recipient) in recipients.iter().enumerate() {
         let base = format!("recipients[{index}]");
         let variables = recipient["dynamic_variables"].as_object().map_or(0, serde_json::Map::len);
-        if variables > MAX_VARIABLES {
-            let fault = format!("must have at most {MAX_VARIABLES} entries and has {variables}");
+        if variables > most {
+            let fault = format!("must have at most {most} entries and has {variables}");
             rejection.add(&format!("{base}.dynamic_variables"), &fault);
         } else if rejection.is_full() {
             rejection.more += usize::from(!RECIPIENT.validator.is_valid(recipient));
@@ -185,6 +180,12 @@ impl Schema {
             .build(&document)
             .expect("an embedded schema is a JSON Schema");
         Self { document, validator }
+    }
+
+    /// A limit of the schema's, for what has to be asked before the validator is.
+    fn limit(&self, pointer: &str) -> usize {
+        let limit = self.document.pointer(pointer).and_then(Value::as_u64);
+        limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX)
     }
 
     /// Adds every fault of `value`, which lies at `base` in the body.
