@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
-use lapin::options::{BasicConsumeOptions, BasicQosOptions};
+use lapin::options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions};
 use lapin::types::FieldTable;
 use lapin::uri::AMQPUri;
-use lapin::{Connection, ConnectionProperties, Event};
+use lapin::{Channel, Connection, ConnectionProperties, Event};
 use secrecy::ExposeSecret;
 use tokio::time::timeout;
 use tracing::debug;
@@ -30,8 +30,8 @@ pub struct Generation {
     pub publisher: Arc<Publisher>,
     /// Of the publishing connection.
     events: BoxStream<'static, Event>,
-    // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm) blocks a whole
-    // connection, and acks and deliveries must go on.
+    // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm)
+    // blocks a whole connection, and acks and deliveries must go on.
     consuming: Connection,
 }
 
@@ -151,6 +151,13 @@ pub(super) fn address(uri: &AMQPUri) -> String {
 pub(super) async fn connect(uri: AMQPUri, purpose: &str) -> lapin::Result<Connection> {
     let name = format!("call-manager {purpose}");
     transport::connect(uri, ConnectionProperties::default().with_connection_name(name.into())).await
+}
+
+/// A channel on which every publish is confirmed.
+pub(super) async fn confirming_channel(connection: &Connection) -> lapin::Result<Channel> {
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    Ok(channel)
 }
 
 /// lapin has no time limit that a frozen broker respects.

@@ -30,6 +30,9 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
 /// The limit on every other call to the broker. An ack hangs where the connection is blocked.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 
+/// AMQP's `delivery_mode` of a message that survives a restart of the broker.
+const PERSISTENT: u8 = 2;
+
 /// Seconds. A frozen broker is seen after two of them.
 const HEARTBEAT: u16 = 10;
 

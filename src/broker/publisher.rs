@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::BasicPublishOptions;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind};
@@ -14,8 +14,9 @@ use tracing::warn;
 
 use crate::domain::result::ResultEvent;
 
-use super::CONFIRM_LIMIT;
+use super::connection::confirming_channel;
 use super::topology::Topology;
+use super::{CONFIRM_LIMIT, PERSISTENT};
 
 /// A returned message is credited to the right publish only with one confirm outstanding per
 /// channel, so replies take turns on so many channels.
@@ -30,8 +31,6 @@ const LARGE_AT_ONCE: usize = 8;
 
 /// Well within the broker's ack time-out of 30 minutes, even after a long retry.
 const ALARM_LIMIT: Duration = Duration::from_secs(4 * 60);
-
-const PERSISTENT: u8 = 2;
 
 /// Why a result is not known to be safe with the broker.
 #[derive(Debug, thiserror::Error)]
@@ -171,12 +170,6 @@ impl Publisher {
 fn refuses_size(error: &lapin::Error) -> bool {
     let precondition = AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED);
     matches!(error.kind(), ErrorKind::ProtocolError(error) if *error.kind() == precondition)
-}
-
-async fn confirming_channel(connection: &Connection) -> lapin::Result<Channel> {
-    let channel = connection.create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
-    Ok(channel)
 }
 
 fn properties(event: &ResultEvent) -> BasicProperties {

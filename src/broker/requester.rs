@@ -3,9 +3,7 @@
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use lapin::options::{
-    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
-};
+use lapin::options::{BasicConsumeOptions, BasicPublishOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Consumer};
 use secrecy::ExposeSecret;
@@ -14,9 +12,9 @@ use tokio::time::timeout;
 use crate::domain::command::CommandKind;
 use crate::telemetry::chain;
 
-use super::connection::{address, connect, parse, within};
+use super::connection::{address, confirming_channel, connect, parse, within};
 use super::topology::Topology;
-use super::{CALL_LIMIT, CONNECT_LIMIT, Error, Settings};
+use super::{CALL_LIMIT, CONNECT_LIMIT, Error, PERSISTENT, Settings};
 
 /// What came back.
 #[derive(Debug)]
@@ -71,15 +69,14 @@ pub async fn ask(
     let topology = Topology::new(&settings.prefix);
     let connection = within(CONNECT_LIMIT, &at, connect(uri, "request")).await?;
     let ready = async {
-        let channel = connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let channel = confirming_channel(&connection).await?;
         let (queue, consumer) = reply_queue(&channel).await?;
         Ok((channel, queue, consumer))
     };
     let (channel, queue, mut consumer) = within(CALL_LIMIT, &at, ready).await?;
 
     let properties = BasicProperties::default()
-        .with_delivery_mode(2)
+        .with_delivery_mode(PERSISTENT)
         .with_content_type("application/json".into())
         .with_message_id(message_id.into())
         .with_correlation_id(message_id.into())
