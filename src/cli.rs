@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{Args, Parser, Subcommand};
-use jiff::SignedDuration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -15,7 +14,7 @@ use uuid::Uuid;
 
 use crate::app;
 use crate::broker::{self, AskError, Reply};
-use crate::config::Sources;
+use crate::config::{Sources, read_duration};
 use crate::domain::command::{CommandKind, MAX_BODY_BYTES};
 use crate::telemetry;
 
@@ -90,8 +89,7 @@ struct CommonArgs {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    let parsed = text.parse::<SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok());
-    parsed
+    read_duration(text)
         .filter(|d| !d.is_zero())
         .ok_or_else(|| "not a duration with its unit, such as 60s".to_owned())
 }

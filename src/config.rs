@@ -88,8 +88,9 @@ impl Sources {
     pub fn read(file: Option<&Path>) -> Self {
         let mut environment = HashMap::new();
         let mut faults = Vec::new();
-        read_dotenv(&mut environment, &mut faults);
-        for name in names() {
+        let names = names();
+        read_dotenv(&names, &mut environment, &mut faults);
+        for name in &names {
             let variable = name.to_uppercase();
             match std::env::var(&variable) {
                 // An empty variable is how compose files say "not set".
@@ -102,18 +103,17 @@ impl Sources {
                 }
             }
         }
-        Self::merge(file, &environment, faults)
+        Self::merge(file, environment, faults)
     }
 
     fn merge(
         file: Option<&Path>,
-        environment: &HashMap<String, String>,
+        environment: HashMap<String, String>,
         mut faults: Vec<String>,
     ) -> Self {
-        let defaults = || File::from_str(DEFAULTS, FileFormat::Toml);
-        let environment =
-            || Environment::default().ignore_empty(true).source(Some(environment.clone()));
-        let mut builder = Config::builder().add_source(defaults());
+        let environment = Environment::default().ignore_empty(true).source(Some(environment));
+        let defaults = File::from_str(DEFAULTS, FileFormat::Toml);
+        let mut builder = Config::builder().add_source(defaults);
         if let Some(path) = file {
             let source = File::from(path).format(FileFormat::Toml);
             match source.collect() {
@@ -137,7 +137,7 @@ impl Sources {
                 )),
             }
         }
-        let merged = builder.add_source(environment()).build().unwrap_or_else(|error| {
+        let merged = builder.add_source(environment).build().unwrap_or_else(|error| {
             faults.push(format!("the settings cannot be read: {error}"));
             Config::default()
         });
@@ -262,7 +262,7 @@ impl Sources {
 
     fn duration(&mut self, key: &str, example: &str) -> Duration {
         let parsed = self.parse(key, "a duration from 1ms to 24h with its unit", example, |text| {
-            let duration = Duration::try_from(text.parse::<SignedDuration>().ok()?).ok()?;
+            let duration = read_duration(text)?;
             let sensible = Duration::from_millis(1)..=Duration::from_secs(24 * 60 * 60);
             sensible.contains(&duration).then_some(duration)
         });
@@ -305,13 +305,22 @@ impl Sources {
     }
 }
 
+/// A duration with its unit, such as `500ms`, `30s` or `15m`; never negative.
+pub fn read_duration(text: &str) -> Option<Duration> {
+    Duration::try_from(text.parse::<SignedDuration>().ok()?).ok()
+}
+
 /// The settings there are: those that have a default.
 fn names() -> Vec<String> {
     let defaults = File::from_str(DEFAULTS, FileFormat::Toml).collect().unwrap_or_default();
     defaults.keys().cloned().collect()
 }
 
-fn read_dotenv(environment: &mut HashMap<String, String>, faults: &mut Vec<String>) {
+fn read_dotenv(
+    names: &[String],
+    environment: &mut HashMap<String, String>,
+    faults: &mut Vec<String>,
+) {
     let path = Path::new(".env");
     if !path.exists() {
         return;
@@ -320,7 +329,7 @@ fn read_dotenv(environment: &mut HashMap<String, String>, faults: &mut Vec<Strin
         Ok(lines) => {
             for line in lines {
                 match line {
-                    Ok((name, value)) if names().contains(&name.to_lowercase()) => {
+                    Ok((name, value)) if names.contains(&name.to_lowercase()) => {
                         environment.insert(name.to_uppercase(), value);
                     }
                     // Shared with other programs: their variables are none of our business.
@@ -370,128 +379,4 @@ fn unused_url() -> Url {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write as _;
-
-    use super::*;
-
-    fn sources(file: Option<&Path>, environment: &[(&str, &str)]) -> Sources {
-        let environment =
-            environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        Sources::merge(file, &environment, Vec::new())
-    }
-
-    const KEY: (&str, &str) = ("ELEVENLABS_API_KEY", "sk_secret");
-
-    #[test]
-    fn the_defaults_are_those_of_the_contract() {
-        let settings = sources(None, &[KEY]).worker().unwrap();
-        assert_eq!(settings.port, 3099);
-        assert_eq!(settings.elevenlabs_base_url.as_str(), "https://api.elevenlabs.io/");
-        assert_eq!(
-            settings.broker.amqp_url.expose_secret(),
-            "amqp://guest:guest@127.0.0.1:5672/%2f"
-        );
-        assert_eq!(settings.broker.prefetch, 64);
-        assert_eq!(settings.retry_horizon, Duration::from_secs(900));
-        assert_eq!(settings.shutdown_grace, Duration::from_secs(30));
-    }
-
-    #[test]
-    fn a_file_beats_the_defaults_and_the_environment_beats_the_file() {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        writeln!(file, "prefetch = 7\nport = 4000").unwrap();
-        let settings = sources(Some(file.path()), &[KEY, ("PORT", "5000")]).worker().unwrap();
-        assert_eq!((settings.broker.prefetch, settings.port), (7, 5000));
-    }
-
-    #[test]
-    fn all_faults_are_told_at_once_each_with_an_example_and_no_secret() {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        writeln!(file, "prefech = 7").unwrap();
-        let faults = sources(
-            Some(file.path()),
-            &[
-                ("ELEVENLABS_API_KEY", "two words-secret"),
-                ("PORT", "99999"),
-                ("AMQP_URL", "http://u:pass-secret@h/"),
-                ("PREFETCH", "0"),
-                ("RETRY_HORIZON", "2h"),
-                ("ELEVENLABS_CONNECT_TIMEOUT", "2m"),
-                ("SHUTDOWN_GRACE", "30"),
-                ("LOG_FORMAT", "xml"),
-                ("ELEVENLABS_BASE_URL", "https://user:pass-secret@x"),
-                ("AMQP_PREFIX", "amq.x"),
-                ("HOST", "localhost"),
-            ],
-        )
-        .worker()
-        .unwrap_err()
-        .to_string();
-        for part in [
-            "\"prefech\" is not a setting",
-            "ELEVENLABS_API_KEY has a blank",
-            "PORT is \"99999\", not a port from 0 to 65535; example: PORT=3099",
-            "AMQP_URL does not begin with amqp:// or amqps://; example: AMQP_URL=amqp://",
-            "PREFETCH is \"0\", not a number from 1 to 2000; example: PREFETCH=64",
-            "RETRY_HORIZON is longer than 20m",
-            "ELEVENLABS_CONNECT_TIMEOUT is not shorter",
-            "SHUTDOWN_GRACE is \"30\", not a duration from 1ms to 24h with its unit; example: SHUTDOWN_GRACE=30s",
-            "LOG_FORMAT is \"xml\", not text or json",
-            "ELEVENLABS_BASE_URL is \"…\", not an http or https URL without user",
-            "AMQP_PREFIX is \"amq.x\"",
-            "HOST is \"localhost\"",
-        ] {
-            assert!(faults.contains(part), "{part} is missing in:\n{faults}");
-        }
-        assert_eq!(faults.lines().count(), 12, "{faults}");
-        assert!(!faults.contains("secret"), "{faults}");
-    }
-
-    #[test]
-    fn a_missing_key_is_said_with_what_to_do() {
-        let faults = sources(None, &[]).worker().unwrap_err().to_string();
-        assert!(faults.starts_with("ELEVENLABS_API_KEY is missing; create a key"), "{faults}");
-        assert!(sources(None, &[]).request().is_ok(), "a request needs no key");
-    }
-
-    #[test]
-    fn secrets_are_redacted_wherever_settings_are_printed() {
-        let broker = ("AMQP_URL", "amqp://user:pass-secret@broker:5672/%2f");
-        let settings = sources(None, &[KEY, broker]).worker().unwrap();
-        let printed = format!("{settings:?}");
-        assert!(!printed.contains("secret"), "{printed}");
-        assert_eq!(settings.broker.shown_url, "amqp://user:***@broker:5672/%2f");
-    }
-
-    #[test]
-    fn a_broken_file_is_told_by_its_line_and_not_by_what_stands_there() {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        writeln!(file, "port = 4000\nelevenlabs_api_key = sk_secret").unwrap();
-        let faults = sources(Some(file.path()), &[KEY]).worker().unwrap_err().to_string();
-        assert!(faults.contains("line 2, column 22"), "{faults}");
-        assert!(!faults.contains("secret") && faults.lines().count() == 1, "{faults}");
-    }
-
-    #[test]
-    fn a_password_that_breaks_the_url_is_not_taken_for_a_part_of_it() {
-        for url in ["amqp://u:12#secret@h", "amqp://u:12/secret@h"] {
-            let faults = sources(None, &[KEY, ("AMQP_URL", url)]).worker().unwrap_err().to_string();
-            assert!(faults.starts_with("AMQP_URL has a # or / in its password"), "{faults}");
-            assert!(!faults.contains("secret"), "{faults}");
-        }
-    }
-
-    #[test]
-    fn a_virtual_host_may_have_an_at_sign() {
-        let url = ("AMQP_URL", "amqp://u:p@h/tenant@prod");
-        let settings = sources(None, &[KEY, url]).worker().unwrap();
-        assert_eq!(settings.broker.shown_url, "amqp://u:***@h/tenant@prod");
-    }
-
-    #[test]
-    fn an_empty_variable_counts_as_unset() {
-        assert_eq!(sources(None, &[KEY, ("PORT", "")]).worker().unwrap().port, 3099);
-        assert!(unused_url().has_host());
-    }
-}
+mod tests;
