@@ -18,6 +18,9 @@ use crate::telemetry::chain;
 /// Larger bodies are parsed off the reactor: 10,000 recipients take some 20 ms.
 const INLINE_BODY_BYTES: usize = 256 * 1024;
 
+/// How many large bodies are read at the same time: one of 16 MB can take some 300 MB of memory.
+const LARGE_BODIES_AT_ONCE: usize = 2;
+
 /// How urgently a handler has to come to an end.
 #[derive(Clone, Debug, Default)]
 pub struct Stopping {
@@ -26,9 +29,6 @@ pub struct Stopping {
     /// Do not even wait for the request that is under way.
     pub now: CancellationToken,
 }
-
-/// How many large bodies are read at the same time: one of 16 MB can take some 300 MB of memory.
-const LARGE_BODIES_AT_ONCE: usize = 2;
 
 /// What became of a command.
 pub enum Handled {
