@@ -8,8 +8,9 @@ BROKER_IS_PRIVATE=no
 
 # Sees to a broker and exports its AMQP_URL.
 ensure_broker() {
-    local url=${AMQP_URL:-$DEFAULT_AMQP_URL} host port
-    read -r host port < <(broker_address "$url")
+    local url=${AMQP_URL:-$DEFAULT_AMQP_URL} host port=5672
+    if [[ $url == amqps://* ]]; then port=5671; fi
+    read -r host port < <(address_of "$url" "$port")
     if [[ $url == amqps://* ]] || speaks_amqp "$host" "$port"; then
         say "broker: $host port $port, already running"
         export AMQP_URL=$url
@@ -19,22 +20,6 @@ ensure_broker() {
     find_rabbitmq || install_packages "RabbitMQ is not installed" rabbitmq-server
     find_rabbitmq || die "rabbitmq-server was installed, but is not in $RABBITMQ_LIB"
     start_private_broker
-}
-
-# broker_address <amqp url>: prints host and port.
-broker_address() {
-    local authority=${1#*://} host port=5672
-    if [[ $1 == amqps://* ]]; then port=5671; fi
-    authority=${authority%%[/?]*}
-    authority=${authority##*@}
-    host=$authority
-    if [[ $authority =~ ^(.*):([0-9]+)$ && $authority != *']' ]]; then
-        host=${BASH_REMATCH[1]}
-        port=${BASH_REMATCH[2]}
-    fi
-    host=${host#[}
-    host=${host%]}
-    printf '%s %s\n' "${host:-127.0.0.1}" "$port"
 }
 
 # speaks_amqp <host> <port>: an open port proves little; a broker of AMQP 0-9-1 answers the protocol header with a

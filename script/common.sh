@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # What the scripts share: progress lines, processes that end with the script, ports, locks and packages.
 #
-# Everything a script writes lies under target/, and everything it starts is stopped when it ends, also after Ctrl-C
-# or a kill. Two scripts may run next to each other in one checkout.
+# Everything a script writes lies under target/, or in /tmp where a server's user cannot reach that, and everything it
+# starts is stopped when it ends, also after Ctrl-C or a kill. Two scripts may run next to each other in one checkout.
 
 set -euo pipefail
 
@@ -12,6 +12,8 @@ readonly STATE=$ROOT/target/script
 
 # shellcheck source=script/broker.sh
 source "$ROOT/script/broker.sh"
+# shellcheck source=script/postgres.sh
+source "$ROOT/script/postgres.sh"
 # shellcheck source=script/service.sh
 source "$ROOT/script/service.sh"
 # shellcheck source=script/tools.sh
@@ -28,7 +30,7 @@ die() {
 
 # ---- processes ---------------------------------------------------------------------------------------------------
 
-# What has to be stopped, oldest first: "<signal target> <pid> <seconds it may take to stop>".
+# What has to be stopped, oldest first: "<signal target> <pid> <seconds it may take to stop> [<signal>]".
 STARTED=()
 # Directories that go away with the script.
 SCRATCH=()
@@ -45,6 +47,9 @@ start() {
     STARTED+=("$! $! $grace")
 }
 
+# stops_with <signal>: what `start` has just started is stopped with this signal instead of SIGTERM.
+stops_with() { STARTED[-1]+=" $1"; }
+
 # run <command…>: like a plain call, but a signal to this script stops the command with all its children at once.
 run() {
     local status=0
@@ -57,7 +62,7 @@ run() {
 
 stop() {
     local target=$1 pid=$2 deadline=$((SECONDS + $3))
-    kill -TERM -- "$target" 2>/dev/null || true
+    kill "-${4:-TERM}" -- "$target" 2>/dev/null || true
     while kill -0 -- "-$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.05; done
     kill -KILL -- "-$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
@@ -66,7 +71,7 @@ stop() {
 stop_all() {
     trap '' INT TERM HUP
     while ((${#STARTED[@]})); do
-        # shellcheck disable=SC2086 # three words
+        # shellcheck disable=SC2086 # three words, or four
         stop ${STARTED[-1]}
         unset 'STARTED[-1]'
     done
@@ -117,13 +122,20 @@ scratch() {
     lock runs
     for old in "$STATE"/runs/*/; do
         # Its script, or a process the script started, still holds the lock while it is in use.
-        if [[ -f $old/lock ]] && flock --nonblock "$old/lock" true; then rm -rf -- "$old"; fi
+        if [[ -f $old/lock ]] && flock --nonblock "$old/lock" true; then remove_run "$old"; fi
     done
     REPLY=$(mktemp -d -- "$STATE/runs/$1.XXXXXX")
     SCRATCH+=("$REPLY")
     exec {fd}>"$REPLY/lock"
     flock "$fd"
     unlock
+}
+
+# remove_run <directory>: with the directory outside the checkout that the run may have had, a link named outside.
+remove_run() {
+    local outside
+    if outside=$(readlink -- "$1/outside"); then rm -rf -- "$outside"; fi
+    rm -rf -- "$1"
 }
 
 # The file descriptors of the locks held, the newest last.
@@ -162,6 +174,21 @@ free_port() {
 }
 
 port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# address_of <url> <port if it names none>: prints host and port.
+address_of() {
+    local authority=${1#*://} host port=$2
+    authority=${authority%%[/?]*}
+    authority=${authority##*@}
+    host=$authority
+    if [[ $authority =~ ^(.*):([0-9]+)$ && $authority != *']' ]]; then
+        host=${BASH_REMATCH[1]}
+        port=${BASH_REMATCH[2]}
+    fi
+    host=${host#[}
+    host=${host%]}
+    printf '%s %s\n' "${host:-127.0.0.1}" "$port"
+}
 
 # ---- packages ------------------------------------------------------------------------------------------------------
 
