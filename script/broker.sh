@@ -17,8 +17,6 @@ ensure_broker() {
         return
     fi
     say "broker: none answers at $host port $port, so this run gets a private one"
-    find_rabbitmq || install_packages "RabbitMQ is not installed" rabbitmq-server
-    find_rabbitmq || die "rabbitmq-server was installed, but is not in $RABBITMQ_LIB"
     start_private_broker
 }
 
@@ -39,9 +37,26 @@ speaks_amqp() {
 readonly RABBITMQ_LIB=/usr/lib/rabbitmq/bin
 find_rabbitmq() { [[ -x $RABBITMQ_LIB/rabbitmq-server ]]; }
 
-# Starts a node that shares nothing with any other: directories, cookie, name, ports and port mapper (epmd) are its own.
 start_private_broker() {
-    local home amqp_port dist_port epmd_port pid
+    local pid
+    prepare_private_broker
+    # SIGTERM is a clean stop of the node.
+    start 20 "$BROKER_HOME/start-broker" >"$BROKER_HOME/broker.log" 2>&1
+    pid=$!
+    wait_until 120 "$pid" "$BROKER_HOME/broker.log" "the private broker" speaks_amqp 127.0.0.1 "$BROKER_PORT"
+
+    # shellcheck disable=SC2034 # read by the scripts
+    BROKER_IS_PRIVATE=yes
+    say "broker: private node at 127.0.0.1 port $BROKER_PORT, in ${BROKER_HOME#"$ROOT"/}"
+}
+
+# Prepares a node that shares nothing with any other: directories, cookie, name, ports and port mapper (epmd) are its
+# own. The file start-broker in $BROKER_HOME becomes the node, the same one every time; the file rabbitmqctl there
+# commands it. Exports its AMQP_URL.
+prepare_private_broker() {
+    local home amqp_port dist_port epmd_port
+    find_rabbitmq || install_packages "RabbitMQ is not installed" rabbitmq-server
+    find_rabbitmq || die "rabbitmq-server was installed, but is not in $RABBITMQ_LIB"
     scratch broker
     home=$REPLY
     free_port
@@ -74,16 +89,22 @@ start_private_broker() {
         RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='+S 2:2 -kernel inet_dist_use_interface {127,0,0,1}'
         # The start script then becomes the node, so that its pid is the node's; -noinput keeps the shell away.
         RABBITMQ_ALLOW_INPUT=1
+        RABBITMQ_CTL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}'
     )
-    # SIGTERM is a clean stop of the node.
-    start 20 env -i "${environment[@]}" "$RABBITMQ_LIB/rabbitmq-server" -noinput >"$home/broker.log" 2>&1
-    pid=$!
-    wait_until 120 "$pid" "$home/broker.log" "the private broker" speaks_amqp 127.0.0.1 "$amqp_port"
+    write_command "$home/start-broker" env -i "${environment[@]}" "$RABBITMQ_LIB/rabbitmq-server" -noinput
+    write_command "$home/rabbitmqctl" env -i "${environment[@]}" "$RABBITMQ_LIB/rabbitmqctl"
 
-    # shellcheck disable=SC2034 # read by the scripts
-    BROKER_IS_PRIVATE=yes
+    readonly BROKER_HOME=$home BROKER_PORT=$amqp_port
     export AMQP_URL=amqp://guest:guest@127.0.0.1:$amqp_port/%2f
-    say "broker: private node at 127.0.0.1 port $amqp_port, in ${home#"$ROOT"/}"
+}
+
+# write_command <file> <command…>: an executable file that becomes the command, with the words it is called with added.
+write_command() {
+    local file=$1
+    shift
+    # shellcheck disable=SC2016 # expanded by the file
+    { printf '#!/usr/bin/env bash\nexec' && printf ' %q' "$@" && printf ' "$@"\n'; } >"$file"
+    chmod 755 -- "$file"
 }
 
 # write_broker_settings <home> <amqp port>

@@ -102,7 +102,7 @@ fn modules_import_only_what_is_below_them() {
 
 #[test]
 fn files_fit_in_the_head_and_say_their_job_first() {
-    for folder in ["src", "sandbox/src", "tests", "sandbox/tests", "benches"] {
+    for folder in ["src", "sandbox/src", "soak/src", "tests", "sandbox/tests", "benches"] {
         if !Path::new(ROOT).join(folder).exists() {
             continue;
         }
@@ -118,7 +118,7 @@ fn files_fit_in_the_head_and_say_their_job_first() {
 fn no_test_is_ignored_and_no_task_is_forgotten() {
     let ignored = concat!("#[", "ignore");
     let later = concat!("TO", "DO");
-    for folder in ["src", "sandbox/src", "tests", "sandbox/tests"] {
+    for folder in ["src", "sandbox/src", "soak/src", "tests", "sandbox/tests"] {
         for (name, text) in sources(folder) {
             assert!(!text.contains(ignored), "{name} ignores a test");
             assert!(!text.contains(later), "{name} has a task nobody tracks");

@@ -1,0 +1,145 @@
+//! What is known while the soak runs: what was sent and confirmed, what was answered, what happened.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::judge::Answer;
+use crate::plan::Plan;
+
+/// Shared by everything that runs at the same time.
+pub struct Book {
+    inner: Mutex<Inner>,
+    began: Instant,
+}
+
+struct Inner {
+    positions: HashMap<String, usize>,
+    started: Vec<bool>,
+    confirmed: Vec<bool>,
+    answers: HashMap<String, Vec<Answer>>,
+    numbers: Numbers,
+    events: BTreeMap<&'static str, u32>,
+    last_news: Instant,
+    last_publish: Option<Instant>,
+    last_first_answer: Option<Instant>,
+}
+
+/// How far it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Numbers {
+    /// Commands that were published at least once.
+    pub started: usize,
+    /// Commands of which the broker has confirmed a publication.
+    pub confirmed: usize,
+    /// Confirmed publications, copies and repetitions included.
+    pub publications: usize,
+    /// Commands with at least one result.
+    pub answered: usize,
+    /// Results, repetitions included.
+    pub results: usize,
+}
+
+/// What is left to judge.
+pub struct Record {
+    /// Of each command.
+    pub confirmed: Vec<bool>,
+    /// By command id.
+    pub answers: HashMap<String, Vec<Answer>>,
+    /// How far it came.
+    pub numbers: Numbers,
+    /// How often each thing happened.
+    pub events: BTreeMap<&'static str, u32>,
+    /// From the last publication to the last first result.
+    pub drain: Duration,
+}
+
+impl Book {
+    pub fn new(plan: &Plan) -> Self {
+        let ids = plan.commands.iter().map(|command| command.id.clone());
+        let commands = plan.commands.len();
+        Self {
+            inner: Mutex::new(Inner {
+                positions: ids.zip(0..).collect(),
+                started: vec![false; commands],
+                confirmed: vec![false; commands],
+                answers: HashMap::new(),
+                numbers: Numbers::default(),
+                events: BTreeMap::new(),
+                last_news: Instant::now(),
+                last_publish: None,
+                last_first_answer: None,
+            }),
+            began: Instant::now(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something happened once more.
+    pub fn count(&self, event: &'static str) {
+        *self.lock().events.entry(event).or_default() += 1;
+    }
+
+    pub fn published(&self, command: usize) {
+        let inner = &mut *self.lock();
+        let first = !std::mem::replace(&mut inner.started[command], true);
+        inner.numbers.started += usize::from(first);
+        inner.last_publish = Some(Instant::now());
+    }
+
+    pub fn confirmed(&self, command: usize) {
+        let inner = &mut *self.lock();
+        let first = !std::mem::replace(&mut inner.confirmed[command], true);
+        inner.numbers.confirmed += usize::from(first);
+        inner.numbers.publications += 1;
+        if first {
+            inner.last_news = Instant::now();
+        }
+    }
+
+    pub fn answered(&self, command_id: &str, answer: Answer) {
+        let inner = &mut *self.lock();
+        inner.numbers.results += 1;
+        let answers = inner.answers.entry(command_id.to_owned()).or_default();
+        answers.push(answer);
+        if answers.len() == 1 && inner.positions.contains_key(command_id) {
+            inner.numbers.answered += 1;
+            inner.last_news = Instant::now();
+            inner.last_first_answer = Some(Instant::now());
+        }
+    }
+
+    pub fn numbers(&self) -> Numbers {
+        self.lock().numbers
+    }
+
+    /// How long nothing was confirmed or answered for the first time.
+    pub fn silence(&self) -> Duration {
+        self.lock().last_news.elapsed()
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    pub fn events(&self) -> BTreeMap<&'static str, u32> {
+        self.lock().events.clone()
+    }
+
+    pub fn record(&self) -> Record {
+        let inner = self.lock();
+        let (answer, publish) = (inner.last_first_answer, inner.last_publish);
+        let drain =
+            answer.zip(publish).map(|(answer, publish)| answer.saturating_duration_since(publish));
+        Record {
+            confirmed: inner.confirmed.clone(),
+            answers: inner.answers.clone(),
+            numbers: inner.numbers,
+            events: inner.events.clone(),
+            drain: drain.unwrap_or_default(),
+        }
+    }
+}

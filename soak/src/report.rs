@@ -1,0 +1,171 @@
+//! What a person reads: a line of progress, the table at the end, and the cases behind its numbers.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+use crate::book::{Book, Record};
+use crate::crew::{DIED, KILLED, STOPPED_BADLY};
+use crate::judge::{Broken, Created, Findings};
+use crate::options::Options;
+use crate::plan::Plan;
+use crate::vendor::Happened;
+
+/// How many cases of a broken promise are shown.
+const CASES: usize = 3;
+/// Bytes of a result's body that are shown.
+const BODY_SHOWN: usize = 300;
+
+/// Messages that lie where none should, after everything has stopped.
+pub struct Leftovers {
+    /// In the queues of commands.
+    pub commands: u64,
+    /// Given up on by the broker: commands that are lost.
+    pub dead_letters: u64,
+    /// Results for which no queue was bound, although one always is.
+    pub unrouted: u64,
+}
+
+/// What a report is about.
+pub struct Soak<'a> {
+    pub options: &'a Options,
+    pub plan: &'a Plan,
+    pub record: &'a Record,
+    pub batches: &'a [Created],
+    pub leftovers: &'a Leftovers,
+}
+
+/// One line.
+pub fn progress(book: &Book, plan: &Plan, batches: usize) -> anyhow::Result<()> {
+    let (numbers, events) = (book.numbers(), book.events());
+    let times = |words: &[&str]| -> u32 {
+        let chosen =
+            events.iter().filter(|(event, _)| words.iter().any(|word| event.contains(word)));
+        chosen.map(|(_, times)| times).sum()
+    };
+    writeln!(
+        std::io::stderr(),
+        "{:4}s  sent {} of {}, answered {}, batches {batches}; workers: {} killed, {} stopped, {} \
+         paused, {} died; broker: {} restarts, {} times all connections closed",
+        book.elapsed().as_secs(),
+        numbers.confirmed,
+        plan.commands.len(),
+        numbers.answered,
+        times(&[KILLED]),
+        times(&["SIGTERM of a worker"]),
+        times(&["SIGSTOP"]),
+        times(&[DIED]),
+        times(&["start of the broker"]),
+        times(&["close_all_connections"]),
+    )?;
+    Ok(())
+}
+
+/// Prints everything; whether every promise was kept.
+pub fn print(soak: &Soak, findings: &Findings, happened: &Happened) -> anyhow::Result<bool> {
+    let mut text = String::new();
+    let broken = table(&mut text, soak, findings, happened)?;
+    if !findings.broken.is_empty() {
+        cases(&mut text, soak, findings)?;
+    }
+    let verdict = match broken {
+        0 => "Every promise was kept.".to_owned(),
+        1 => "1 promise was broken.".to_owned(),
+        more => format!("{more} promises were broken."),
+    };
+    writeln!(text, "\n{verdict}")?;
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(broken == 0)
+}
+
+/// Writes the table; how many of its rows are broken promises.
+fn table(
+    text: &mut String,
+    soak: &Soak,
+    findings: &Findings,
+    happened: &Happened,
+) -> anyhow::Result<usize> {
+    let (options, record, leftovers) = (soak.options, soak.record, soak.leftovers);
+    let numbers = record.numbers;
+    writeln!(
+        text,
+        "\nseed {}, {} commands, {} worker{}",
+        options.seed,
+        options.commands,
+        options.workers,
+        if options.workers == 1 { "" } else { "s" }
+    )?;
+    let row =
+        |text: &mut String, name: &str, value: String| writeln!(text, "  {name:46} {value:>9}");
+    row(text, "sent", numbers.confirmed.to_string())?;
+    row(text, "  publications of them", numbers.publications.to_string())?;
+    row(text, "results (commands answered)", numbers.answered.to_string())?;
+    row(text, "  publications of them", numbers.results.to_string())?;
+    for (ending, times) in &findings.endings {
+        row(text, &format!("  {ending}"), times.to_string())?;
+    }
+    row(text, "  outcome_unknown, and there is a batch", findings.unknown_with_batch.to_string())?;
+    row(text, "  outcome_unknown, and there is none", findings.unknown_without_batch.to_string())?;
+    row(text, "batches", soak.batches.len().to_string())?;
+    row(text, "drain time", format!("{:.1} s", record.drain.as_secs_f64()))?;
+
+    let event = |name: &str| u64::from(record.events.get(name).copied().unwrap_or_default());
+    let mut promises: Vec<(&str, u64)> = Vec::new();
+    for broken in Broken::ALL {
+        promises.push((broken.name(), u64::try_from(findings.count(broken))?));
+    }
+    promises.extend([
+        ("commands the broker gave up on", leftovers.dead_letters),
+        ("commands left in their queues", leftovers.commands),
+        ("results without a queue", leftovers.unrouted),
+        (DIED, event(DIED)),
+        (STOPPED_BADLY, event(STOPPED_BADLY)),
+        // Without this row a broker that takes nothing would look like a clean soak.
+        (
+            "commands that could not be sent",
+            u64::try_from(soak.plan.commands.len() - numbers.confirmed)?,
+        ),
+    ]);
+    writeln!(text, "promises, and how often each was broken")?;
+    for (name, times) in &promises {
+        let mark = if *times > 0 { "  BROKEN" } else { "" };
+        writeln!(text, "  {name:46} {times:>9}{mark}")?;
+    }
+
+    writeln!(text, "what happened to processes and connections")?;
+    for (name, times) in &record.events {
+        if ![DIED, STOPPED_BADLY].contains(name) {
+            row(text, name, times.to_string())?;
+        }
+    }
+    let met = happened.submits - happened.unharmed;
+    writeln!(
+        text,
+        "what happened to requests: {met} of {} submits met a fault\n  {:46} {:>9} {:>9}",
+        happened.submits, "", "submit", "list, get"
+    )?;
+    for (name, (submits, others)) in &happened.faults {
+        writeln!(text, "  {name:46} {submits:>9} {others:>9}")?;
+    }
+    Ok(promises.iter().filter(|(_, times)| *times > 0).count())
+}
+
+/// The first few commands behind each number, with everything that is known of them.
+fn cases(text: &mut String, soak: &Soak, findings: &Findings) -> anyhow::Result<()> {
+    for (broken, ids) in &findings.broken {
+        writeln!(text, "\n{}, {} of {}:", broken.name(), ids.len().min(CASES), ids.len())?;
+        for id in ids.iter().take(CASES) {
+            writeln!(text, "  {id}")?;
+            for answer in soak.record.answers.get(id).into_iter().flatten() {
+                let code = answer.error_code.as_deref().unwrap_or("succeeded");
+                let body: String = answer.body.chars().take(BODY_SHOWN).collect();
+                writeln!(text, "    result {code}, message_id {}: {body}", answer.message_id)?;
+            }
+            let theirs =
+                |batch: &&Created| batch.command_id.as_deref() == Some(id) || batch.batch_id == *id;
+            for batch in soak.batches.iter().filter(theirs) {
+                writeln!(text, "    batch {}: {:?}", batch.batch_id, batch.looks)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! One soak from the first start to the judgement.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use call_manager::broker::Topology;
+use call_manager::domain::command::CommandKind;
+use elevenlabs_sandbox::{Options as SandboxOptions, Sandbox};
+use rustix::process::Signal;
+use tokio::time::{interval, sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::book::Book;
+use crate::chaos::Chaos;
+use crate::crew::{self, Crew};
+use crate::judge::{self, Created};
+use crate::listener::Listener;
+use crate::node::Node;
+use crate::options::{Faults, Options};
+use crate::plan::Plan;
+use crate::producer::Producer;
+use crate::report::{self, Leftovers, Soak};
+use crate::vendor::{self, Happened};
+
+const API_KEY: &str = "sandbox-key";
+const PREFIX: &str = "soak";
+/// The listener's queue.
+const RESULTS: &str = "soak.collected";
+
+/// When nothing was confirmed or answered for so long, nothing will be.
+const SILENCE: Duration = Duration::from_secs(5 * 60);
+/// How long copies and leftovers may take when every command has its first result.
+const EMPTYING_LIMIT: Duration = Duration::from_secs(2 * 60);
+const PROGRESS: Duration = Duration::from_secs(5);
+
+/// The shortest time of sending in which every kind of fault is dealt at least once.
+const SHORTEST: Duration = Duration::from_secs(75);
+/// Commands per second of a long soak: slow enough for dozens of faults in 10,000 commands.
+const RATE: u32 = 40;
+
+/// Whether every promise was kept; prints progress and the table.
+pub async fn run(options: &Options) -> anyhow::Result<bool> {
+    let plan = Plan::new(options.seed, options.commands.try_into()?);
+    let topology = Topology::new(PREFIX);
+    let sandbox = Sandbox::start(SandboxOptions {
+        api_key: API_KEY.to_owned(),
+        speed: 0.0,
+        list_lag: vendor::LIST_LAG,
+        ..SandboxOptions::default()
+    })
+    .await
+    .context("the stand-in of ElevenLabs cannot listen")?;
+    if options.faults != Faults::None {
+        vendor::order(&sandbox, options.seed);
+    }
+    let node = Node::new(
+        options.broker.clone(),
+        options.rabbitmqctl.clone(),
+        options.logs.clone(),
+        options.amqp_url.clone(),
+    );
+    node.start().await?;
+    let book = Book::new(&plan);
+    let soak = Parts {
+        options,
+        plan: &plan,
+        book: &book,
+        topology: &topology,
+        sandbox: &sandbox,
+        node: &node,
+    };
+    let leftovers = soak.until_the_end().await?;
+    node.end(Signal::KILL).await?;
+
+    let batches: Vec<Created> = sandbox.batches().into_iter().map(vendor::created).collect();
+    let record = book.record();
+    let findings = judge::judge(&plan.commands, &record.confirmed, &record.answers, &batches);
+    let happened = Happened::of(&sandbox.requests());
+    sandbox.stop().await;
+    let soak =
+        Soak { options, plan: &plan, record: &record, batches: &batches, leftovers: &leftovers };
+    report::print(&soak, &findings, &happened)
+}
+
+/// What the phases of a soak need.
+struct Parts<'a> {
+    options: &'a Options,
+    plan: &'a Plan,
+    book: &'a Book,
+    topology: &'a Topology,
+    sandbox: &'a Sandbox,
+    node: &'a Node,
+}
+
+impl Parts<'_> {
+    /// Everything that runs at the same time, until the last result is in; what is left then.
+    async fn until_the_end(&self) -> anyhow::Result<Leftovers> {
+        let Self { options, plan, book, topology, sandbox, node } = *self;
+        let url = options.amqp_url.as_str();
+        let listener = Listener { book, topology, url, queue: RESULTS };
+        listener.declare().await.context("nothing can be declared at the broker")?;
+        let settings = crew::Settings {
+            binary: options.worker.clone(),
+            environment: self.environment(),
+            logs: options.logs.clone(),
+            seed: options.seed.rotate_left(32),
+        };
+        let (crew, working) = Crew::new(options.workers, &settings, book);
+        let producer = Producer {
+            plan,
+            book,
+            topology,
+            url,
+            duration: SHORTEST.max(Duration::from_secs((options.commands / RATE).into())),
+            silence: SILENCE,
+        };
+        let seed = options.seed.rotate_left(16);
+        let chaos = Chaos { node, crew: &crew, sandbox, book, workers: options.workers, seed };
+
+        let [calm, is_calm, retired, done] = [(); 4].map(|()| CancellationToken::new());
+        let directing = async {
+            producer.publish_all().await?;
+            self.until_answered().await;
+            calm.cancel();
+            is_calm.cancelled().await;
+            sandbox.clear_faults();
+            self.until_empty(&self.command_queues()).await?;
+            crew.retire().await;
+            retired.cancelled().await;
+            self.until_empty(&[RESULTS.to_owned()]).await?;
+            let leftovers = self.leftovers().await?;
+            done.cancel();
+            Ok(leftovers)
+        };
+        let dealing = async {
+            if options.faults == Faults::All {
+                chaos.deal(&calm).await?;
+            }
+            is_calm.cancel();
+            Ok(())
+        };
+        let working = async {
+            working.await?;
+            retired.cancel();
+            Ok(())
+        };
+        let (leftovers, (), (), (), ()) = tokio::try_join!(
+            directing,
+            dealing,
+            working,
+            listener.listen(&done),
+            self.tell_progress(&done)
+        )?;
+        Ok(leftovers)
+    }
+
+    fn environment(&self) -> Vec<(&'static str, String)> {
+        [
+            ("AMQP_URL", self.options.amqp_url.as_str()),
+            ("AMQP_PREFIX", PREFIX),
+            ("LEDGER_URL", &self.options.ledger_url),
+            ("ELEVENLABS_BASE_URL", &self.sandbox.base_url()),
+            ("ELEVENLABS_API_KEY", API_KEY),
+            // Short, for silence of the vendor to cost a command seconds.
+            ("ELEVENLABS_TIMEOUT", "2s"),
+            ("ELEVENLABS_CONNECT_TIMEOUT", "1s"),
+            ("SETTLING_WINDOW", "2s"),
+            ("RETRY_HORIZON", "10m"),
+            ("SHUTDOWN_GRACE", "5s"),
+            ("HOST", "127.0.0.1"),
+            ("PORT", "0"),
+            ("LOG_LEVEL", "info"),
+            ("LOG_FORMAT", "text"),
+        ]
+        .map(|(name, value)| (name, value.to_owned()))
+        .into()
+    }
+
+    fn command_queues(&self) -> [String; CommandKind::ALL.len()] {
+        CommandKind::ALL.map(|kind| self.topology.queue(kind))
+    }
+
+    /// Until every command has a result, or there is silence.
+    async fn until_answered(&self) {
+        while self.book.numbers().answered < self.plan.commands.len()
+            && self.book.silence() < SILENCE
+        {
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Until nothing is in these queues or in the hands of their consumers, or for the limit: what is
+    /// left then is found by the judgement.
+    async fn until_empty(&self, queues: &[String]) -> anyhow::Result<()> {
+        let until = tokio::time::Instant::now() + EMPTYING_LIMIT;
+        while tokio::time::Instant::now() < until {
+            let full = |(name, messages): &(String, u64)| *messages > 0 && queues.contains(name);
+            if !self.node.queues().await?.iter().any(full) {
+                break;
+            }
+            sleep(Duration::from_millis(500)).await;
+        }
+        Ok(())
+    }
+
+    async fn leftovers(&self) -> anyhow::Result<Leftovers> {
+        let queues = self.node.queues().await?;
+        let messages = |name: &str| {
+            queues.iter().filter(|(queue, _)| queue == name).map(|(_, messages)| messages).sum()
+        };
+        Ok(Leftovers {
+            commands: self.command_queues().iter().map(|queue| messages(queue)).sum(),
+            dead_letters: messages(&self.topology.dead_letter()),
+            unrouted: messages(&self.topology.unrouted()),
+        })
+    }
+
+    async fn tell_progress(&self, done: &CancellationToken) -> anyhow::Result<()> {
+        let mut ticks = interval(PROGRESS);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = done.cancelled() => return Ok(()),
+            }
+            report::progress(self.book, self.plan, self.sandbox.batches().len())?;
+        }
+    }
+}
