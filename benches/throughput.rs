@@ -1,7 +1,8 @@
-//! How fast a full queue is worked off, beside a bare relay: the least that any client can do.
+//! How fast a full queue is worked off: beside a bare relay, the least that any client can do, and
+//! with each ledger beside the one in memory.
 //!
-//! `AMQP_URL=… cargo bench --bench throughput [-- COMMANDS ROUNDS]`. Worker and relay take turns on
-//! the same broker, queues and messages; what counts is the ratio, since machines differ.
+//! `AMQP_URL=… [POSTGRES_URL=…] cargo bench --bench throughput [-- COMMANDS ROUNDS]`. All take turns
+//! on the same broker, queues and messages; what counts is the ratio, since machines differ.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -20,6 +21,7 @@ mod support;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use call_manager::config::LedgerPlace;
 use call_manager::domain::command::CommandKind;
 use futures_util::StreamExt as _;
 use lapin::BasicProperties;
@@ -29,6 +31,7 @@ use lapin::options::{
 };
 use lapin::types::FieldTable;
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 use support::{World, connect, submit_body, with_id};
 
@@ -43,6 +46,16 @@ enum Work {
     Submit,
 }
 
+/// Who works the queue off.
+#[derive(Clone, Copy, PartialEq)]
+enum Who {
+    Relay,
+    /// With the ledger in memory, in a file, in a server.
+    Memory,
+    Sqlite,
+    Postgres,
+}
+
 #[tokio::main]
 async fn main() {
     let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
@@ -51,16 +64,20 @@ async fn main() {
     println!(
         "{commands} commands on a full queue, prefetch {PREFETCH}, {rounds} rounds; commands per second"
     );
-    for (name, work) in [("refused commands", Work::Refused), ("submits", Work::Submit)] {
+    let mut pairs = vec![
+        ("refused commands, worker to bare relay", Work::Refused, Who::Sqlite, Who::Relay),
+        ("submits, worker to bare relay", Work::Submit, Who::Sqlite, Who::Relay),
+        ("submits, SQLite to memory", Work::Submit, Who::Sqlite, Who::Memory),
+    ];
+    if std::env::var("POSTGRES_URL").is_ok() {
+        pairs.push(("submits, PostgreSQL to memory", Work::Submit, Who::Postgres, Who::Memory));
+    }
+    for (name, work, one, other) in pairs {
         let mut ratios = Vec::new();
         for round in 1..=rounds {
-            let worker = run(work, commands, false).await;
-            let relay = run(work, commands, true).await;
-            ratios.push(worker / relay);
-            println!(
-                "  {name}, round {round}: worker {worker:.0}, bare relay {relay:.0}, ratio {:.2}",
-                worker / relay
-            );
+            let (one, other) = (run(work, commands, one).await, run(work, commands, other).await);
+            ratios.push(one / other);
+            println!("  {name}, round {round}: {one:.0} to {other:.0}, ratio {:.2}", one / other);
         }
         ratios.sort_by(f64::total_cmp);
         println!("{name}: median ratio {:.2}", ratios[ratios.len() / 2]);
@@ -68,16 +85,18 @@ async fn main() {
 }
 
 /// Fills the queue, works it off, and returns the rate.
-async fn run(work: Work, commands: usize, relay: bool) -> f64 {
+async fn run(work: Work, commands: usize, who: Who) -> f64 {
     let mut world = World::without_worker().await;
     let body = match work {
         Work::Refused => b"{}".to_vec(),
         Work::Submit => submit_body().to_string().into_bytes(),
     };
     let (exchange, key) = (world.topology.commands_exchange(), CommandKind::Submit.routing_key());
+    // A database outlives the run: each has ids of its own.
+    let run = Uuid::now_v7();
     let mut confirms = Vec::new();
     for n in 0..commands {
-        let properties = with_id(&format!("m-{n}")).with_delivery_mode(2);
+        let properties = with_id(&format!("{run}-{n}")).with_delivery_mode(2);
         let publish = world.channel.basic_publish(
             exchange.as_str().into(),
             key.as_str().into(),
@@ -90,14 +109,23 @@ async fn run(work: Work, commands: usize, relay: bool) -> f64 {
     for confirm in confirms {
         assert!(confirm.await.unwrap().is_ack());
     }
-    let relaying = if relay {
+    let relaying = if who == Who::Relay {
         Some(tokio::spawn(bare_relay(
             world.topology.queue(CommandKind::Submit),
             world.topology.results_exchange(),
             (work == Work::Submit).then(|| world.sandbox.base_url()),
         )))
     } else {
-        world.run_worker(world.settings());
+        let mut settings = world.settings();
+        match who {
+            Who::Relay | Who::Sqlite => {}
+            Who::Memory => settings.ledger.place = LedgerPlace::Memory,
+            Who::Postgres => {
+                let url = std::env::var("POSTGRES_URL").unwrap().into();
+                settings.ledger.place = LedgerPlace::Postgres { url, shown: String::new() };
+            }
+        }
+        world.run_worker(settings);
         None
     };
     // From the first result on: connecting and declaring is not what is compared.

@@ -41,7 +41,7 @@ async function submit(body, messageId) {
 }
 
 // One id per command, made once and stored with it. In doubt (no confirm, no result), publish the same body again with
-// the same id: while the worker remembers the id, that never makes a second batch. A new id is a new campaign.
+// the same id: that never makes a second batch. A new id is a new campaign.
 const [file, messageId = randomUUID()] = process.argv.slice(2);
 try {
   process.exitCode = await submit(file ? await readFile(file) : Buffer.from(EXAMPLE), messageId);

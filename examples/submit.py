@@ -45,7 +45,7 @@ def submit(body, message_id):
 
 
 # One id per command, made once and stored with it. In doubt (no confirm, no result), publish the same body again with
-# the same id: while the worker remembers the id, that never makes a second batch. A new id is a new campaign.
+# the same id: that never makes a second batch. A new id is a new campaign.
 file, message_id = (sys.argv[1:] + [None, None])[:2]
 message_id = message_id or str(uuid.uuid4())
 try:

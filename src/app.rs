@@ -1,6 +1,7 @@
 //! Builds the parts, runs them until shutdown, drains.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
@@ -9,13 +10,17 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use crate::config::{BrokerSettings, Settings};
+use crate::config::{BrokerSettings, LedgerPlace, Settings};
 use crate::elevenlabs;
-use crate::handler::Handler;
+use crate::handler::{Handler, Timing};
 use crate::health::{self, Readiness};
+use crate::ledger::{self, Ledger};
 use crate::retry::Policy;
 use crate::worker::Worker;
 use crate::{broker, retry};
+
+/// How long the last writes may take when everything else has ended.
+const LEDGER_CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs the worker until SIGTERM or SIGINT. `Err` is one line for the person who started it.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
@@ -32,6 +37,7 @@ pub async fn run_until(settings: Settings, stop: CancellationToken) -> anyhow::R
         elevenlabs = %settings.elevenlabs_base_url,
         broker = settings.broker.shown_url,
         prefix = settings.broker.amqp_prefix,
+        ledger = %settings.ledger.place,
         prefetch = settings.broker.prefetch,
         "starting"
     );
@@ -51,20 +57,45 @@ pub async fn run_until(settings: Settings, stop: CancellationToken) -> anyhow::R
         connect_timeout: settings.elevenlabs_connect_timeout,
         timeout: settings.elevenlabs_timeout,
     })?;
-    let policy = Policy { horizon: Some(settings.retry_horizon), ..retry::VENDOR };
-    let handler = Handler::new(vendor, policy);
+    let ledger = Ledger::open(ledger::Settings {
+        location: location(settings.ledger.place),
+        retention: settings.ledger.retention,
+        longest_request: settings.elevenlabs_timeout,
+    })
+    .await?;
+    let timing = Timing {
+        retry: Policy { horizon: Some(settings.retry_horizon), ..retry::VENDOR },
+        settling_window: settings.settling_window,
+    };
+    let handler = Handler::new(vendor, ledger.clone(), timing);
     let broker = broker_settings(settings.broker);
     let worker = Worker::new(broker, handler, readiness, settings.shutdown_grace);
     tokio::select! {
         ended = worker.run(stop) => ended?,
+        () = ledger.ended() => anyhow::bail!("the ledger failed; the lines above say why"),
         // It answers as long as the worker runs, its draining included.
         ended = health.into_future() => {
             ended.context("the health endpoint failed")?;
             anyhow::bail!("the health endpoint ended");
         }
     }
+    ledger.close(LEDGER_CLOSE_LIMIT).await;
     info!("stopped");
     Ok(())
+}
+
+fn location(place: LedgerPlace) -> ledger::Location {
+    match place {
+        LedgerPlace::Sqlite(path) => ledger::Location::Sqlite(path),
+        LedgerPlace::Postgres { url, .. } => ledger::Location::Postgres(url),
+        LedgerPlace::Memory => {
+            warn!(
+                "LEDGER_URL=memory: every submit is forgotten when the worker ends, and may then be \
+                 executed twice; for trials only"
+            );
+            ledger::Location::Memory
+        }
+    }
 }
 
 /// The adapter's own settings.

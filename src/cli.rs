@@ -69,11 +69,14 @@ struct SubmitArgs {
 #[derive(Args)]
 struct BatchArgs {
     /// The JSON body: a file, or - for standard input.
-    #[arg(value_name = "FILE", conflicts_with = "batch_id")]
+    #[arg(value_name = "FILE", conflicts_with_all = ["batch_id", "command_id"])]
     body: Option<PathBuf>,
     /// The batch's id, in place of a body.
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", conflicts_with = "command_id")]
     batch_id: Option<String>,
+    /// The message id of the submit, in place of a body: it works before there is a batch id.
+    #[arg(long, value_name = "ID")]
+    command_id: Option<String>,
     #[command(flatten)]
     common: CommonArgs,
 }
@@ -151,10 +154,11 @@ async fn ask(config: Option<&Path>, request: Request) -> anyhow::Result<ExitCode
 
 impl BatchArgs {
     fn body(&self) -> anyhow::Result<Vec<u8>> {
-        match (&self.batch_id, &self.body) {
-            (Some(id), _) => Ok(serde_json::to_vec(&serde_json::json!({"batch_id": id}))?),
-            (None, Some(file)) => read_body(file),
-            (None, None) => bail!("give a FILE, - or --batch-id"),
+        match (&self.batch_id, &self.command_id, &self.body) {
+            (Some(id), _, _) => Ok(serde_json::to_vec(&serde_json::json!({"batch_id": id}))?),
+            (None, Some(id), _) => Ok(serde_json::to_vec(&serde_json::json!({"command_id": id}))?),
+            (None, None, Some(file)) => read_body(file),
+            (None, None, None) => bail!("give a FILE, -, --batch-id or --command-id"),
         }
     }
 }

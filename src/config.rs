@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use config::{Config, Environment, File, FileFormat, Source};
@@ -17,6 +17,14 @@ const DEFAULTS: &str = include_str!("config.default.toml");
 
 /// Longer, and the broker's 30 minute ack time-out would take commands back while they are retried.
 const LONGEST_HORIZON: Duration = Duration::from_secs(20 * 60);
+
+/// The same for a submit whose last answer was lost when the horizon was over: a request, the search
+/// for its batch with the look that is under way, and a while to record and publish its result.
+const LONGEST_IN_HAND: Duration = Duration::from_secs(27 * 60);
+
+/// Longer than any redelivery takes.
+const SHORTEST_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
+const RETENTION: &str = "a duration of at least 24h with its unit";
 
 /// What the worker needs.
 #[derive(Debug)]
@@ -35,8 +43,12 @@ pub struct Settings {
     pub elevenlabs_timeout: Duration,
     /// Which broker.
     pub broker: BrokerSettings,
+    /// What remembers submits.
+    pub ledger: LedgerSettings,
     /// How long a command is retried.
     pub retry_horizon: Duration,
+    /// How long a new batch can take to show in the vendor's list.
+    pub settling_window: Duration,
     /// How long a stop may take.
     pub shutdown_grace: Duration,
     /// How to log.
@@ -54,6 +66,41 @@ pub struct BrokerSettings {
     pub amqp_prefix: String,
     /// Commands in hand per queue, 1 to 2000.
     pub prefetch: u16,
+}
+
+/// What remembers submits.
+#[derive(Debug)]
+pub struct LedgerSettings {
+    /// `LEDGER_URL`.
+    pub place: LedgerPlace,
+    /// How long submits that are done are remembered.
+    pub retention: Duration,
+}
+
+/// Where submits are remembered. Its `Display` has no password in it.
+#[derive(Debug)]
+pub enum LedgerPlace {
+    /// A file, for one worker.
+    Sqlite(PathBuf),
+    /// A server, for a pool of workers.
+    Postgres {
+        /// Has the password in it.
+        url: SecretString,
+        /// The same without the password.
+        shown: String,
+    },
+    /// This process, for trials.
+    Memory,
+}
+
+impl fmt::Display for LedgerPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+            Self::Postgres { shown, .. } => f.write_str(shown),
+            Self::Memory => f.write_str("memory:"),
+        }
+    }
 }
 
 /// How to log.
@@ -167,7 +214,9 @@ impl Sources {
             elevenlabs_connect_timeout: self.duration("elevenlabs_connect_timeout", "5s"),
             elevenlabs_timeout: self.duration("elevenlabs_timeout", "60s"),
             broker: self.broker_settings(),
+            ledger: self.ledger_settings(),
             retry_horizon: self.duration("retry_horizon", "15m"),
+            settling_window: self.duration("settling_window", "60s"),
             shutdown_grace: self.duration("shutdown_grace", "30s"),
             log: self.log_settings(),
         };
@@ -177,8 +226,16 @@ impl Sources {
                  connection could not be told from a lost answer; set, for example, 5s and 60s",
             );
         }
+        let longest_in_hand =
+            settings.retry_horizon + settings.settling_window * 2 + settings.elevenlabs_timeout * 4;
         if settings.retry_horizon > LONGEST_HORIZON {
             self.fault("RETRY_HORIZON is longer than 20m, and the broker takes a command back after 30; set at most RETRY_HORIZON=20m");
+        } else if longest_in_hand > LONGEST_IN_HAND {
+            self.fault(
+                "RETRY_HORIZON + 2 x SETTLING_WINDOW + 4 x ELEVENLABS_TIMEOUT, the longest that a \
+                 submit can be in hand, is longer than 27m, and the broker takes a command back \
+                 after 30; shorten one, for example RETRY_HORIZON=15m",
+            );
         }
         self.end(settings)
     }
@@ -245,6 +302,18 @@ impl Sources {
         }
     }
 
+    fn ledger_settings(&mut self) -> LedgerSettings {
+        let what = "sqlite:PATH, or postgres://user:password@host:5432/database for a pool";
+        let place = self.parse("ledger_url", what, "sqlite:call-manager.db", ledger_place);
+        let retention = self.parse("ledger_retention", RETENTION, "720h", |text| {
+            read_duration(text).filter(|retention| *retention >= SHORTEST_RETENTION)
+        });
+        LedgerSettings {
+            place: place.unwrap_or(LedgerPlace::Memory),
+            retention: retention.unwrap_or(SHORTEST_RETENTION),
+        }
+    }
+
     fn log_settings(&mut self) -> LogSettings {
         let filter = self.parse("log_level", "a log level or tracing directives", "info", |text| {
             tracing_subscriber::EnvFilter::try_new(text).ok().map(|_| text.to_owned())
@@ -280,8 +349,9 @@ impl Sources {
         let parsed = parse(text.trim());
         if parsed.is_none() {
             let variable = key.to_uppercase();
-            // A URL with a user in it has a password in it.
-            let shown = if text.contains('@') { "…" } else { &text };
+            // A URL with a user in it has a password in it, and so have other ways to name a database.
+            let secret = text.contains('@') || key == "ledger_url";
+            let shown = if secret { "…" } else { &text };
             self.fault(&format!(
                 "{variable} is {shown:?}, not {what}; example: {variable}={example}"
             ));
@@ -350,6 +420,24 @@ fn http_url(text: &str) -> Option<Url> {
     let plain = url.username().is_empty() && url.password().is_none();
     let bare = url.query().is_none() && url.fragment().is_none();
     (matches!(url.scheme(), "http" | "https") && plain && bare).then_some(url)
+}
+
+fn ledger_place(text: &str) -> Option<LedgerPlace> {
+    if let Some(path) = text.strip_prefix("sqlite:") {
+        // Written like a URL, an absolute path has three slashes.
+        let path = path.strip_prefix("//").unwrap_or(path);
+        // SQLite's name for a database that is forgotten.
+        let lasts = !path.is_empty() && path != ":memory:";
+        return lasts.then(|| LedgerPlace::Sqlite(path.into()));
+    }
+    if text.starts_with("postgres://") || text.starts_with("postgresql://") {
+        let url = text.parse::<Url>().ok();
+        let host = url.as_ref().and_then(Url::host_str).unwrap_or("…");
+        let database = url.as_ref().map_or("/…", Url::path);
+        let shown = format!("postgres://{host}{database}");
+        return Some(LedgerPlace::Postgres { url: text.to_owned().into(), shown });
+    }
+    (text == "memory:").then_some(LedgerPlace::Memory)
 }
 
 /// The URL without its password, or what is wrong with it.

@@ -16,6 +16,7 @@ pub mod app;
 pub mod broker;
 pub mod cli;
 pub mod config;
+pub mod crash;
 pub mod domain;
 pub mod elevenlabs;
 pub mod handler;

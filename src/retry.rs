@@ -42,7 +42,7 @@ impl Policy {
 }
 
 /// The waits of one command.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Schedule {
     pace: ExponentialBackoff,
     policy: Policy,
@@ -54,6 +54,12 @@ impl Schedule {
     /// end past the horizon.
     pub fn next_wait(&mut self, retry_after: Option<Duration>) -> Option<Duration> {
         self.wait_at(self.started.elapsed(), retry_after)
+    }
+
+    /// How much is left of the horizon; without one, for ever.
+    pub fn remaining(&self) -> Duration {
+        let elapsed = self.started.elapsed();
+        self.policy.horizon.map_or(Duration::MAX, |horizon| horizon.saturating_sub(elapsed))
     }
 
     fn wait_at(&mut self, elapsed: Duration, retry_after: Option<Duration>) -> Option<Duration> {

@@ -16,6 +16,7 @@ use tracing::{error, info, warn};
 use crate::broker::{
     self, Delivery, Generation, Lane, PublishError, Publisher, Publishing, PublishingEvents,
 };
+use crate::crash;
 use crate::domain::command::CommandKind;
 use crate::domain::result::{ErrorCode, ResultEvent};
 use crate::handler::{Handled, Handler, Stopping};
@@ -25,14 +26,14 @@ use crate::telemetry::chain;
 
 /// How fast to connect again; there is no limit on attempts.
 const RECONNECT: Policy =
-    Policy { initial: Duration::from_millis(250), max: Duration::from_secs(15), horizon: None };
+    Policy { initial: Duration::from_millis(250), max: Duration::from_secs(5), horizon: None };
 
 /// How fast to publish again what a full queue refused.
 const REPUBLISH: Policy =
     Policy { initial: Duration::from_millis(100), max: Duration::from_secs(5), horizon: None };
 
 /// A generation that held so long was a good one: the next reconnect starts at the shortest wait.
-const STABLE_AFTER: Duration = Duration::from_secs(30);
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// How long the commands that were cut off may take to publish what they have to say.
 const CUT_OFF_LIMIT: Duration = Duration::from_secs(5);
@@ -133,7 +134,11 @@ impl Worker {
         let lost = CancellationToken::new();
         let link = Link {
             publisher: Arc::clone(&generation.publisher),
-            stopping: Stopping { soon: stop.child_token(), now: self.shared.now.clone() },
+            stopping: Stopping {
+                soon: stop.child_token(),
+                claimed: stop.clone(),
+                now: self.shared.now.clone(),
+            },
             lost: lost.clone(),
         };
         let reasons = {
@@ -254,6 +259,7 @@ async fn settle(
         Handled::Answered(event) => event,
         Handled::GivenBack => return delivery.give_back().await,
     };
+    crash::point(6);
     let event = match publish(&link, event).await {
         Ok(event) => event,
         Err(error) => {
@@ -266,6 +272,7 @@ async fn settle(
             return;
         }
     };
+    crash::point(8);
     if let Some(queue) = &message.reply_to {
         // The result is safe: a reply that hangs must not cost the ack.
         tokio::select! {
@@ -284,7 +291,7 @@ async fn settle(
         batch_id = event.batch_id(),
         status_code = event.status_code(),
         error_code = event.error_code().map(ErrorCode::name),
-        attempts = event.attempts,
+        attempts = event.ending.attempts,
         took_ms = started.elapsed().as_millis(),
         "answered"
     );

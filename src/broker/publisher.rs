@@ -12,6 +12,7 @@ use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tracing::warn;
 
+use crate::crash;
 use crate::domain::result::ResultEvent;
 
 use super::connection::confirming_channel;
@@ -129,7 +130,10 @@ impl Publisher {
         };
         let (exchange, key) = (self.exchange.as_str().into(), event.routing_key().into());
         let options = BasicPublishOptions::default();
-        channel.basic_publish(exchange, key, options, body, properties(event)).await?.await
+        let publish = channel.basic_publish(exchange, key, options, body, properties(event));
+        let confirm = publish.await?;
+        crash::point(7);
+        confirm.await
     }
 
     /// Sends a copy of a published result to the queue that the command names. One that cannot be
@@ -191,7 +195,7 @@ fn properties(event: &ResultEvent) -> BasicProperties {
         text("tracestate", tracestate);
     }
     headers.insert("status_code".into(), AMQPValue::LongInt(event.status_code().into()));
-    headers.insert("attempts".into(), AMQPValue::LongLongInt(event.attempts.into()));
+    headers.insert("attempts".into(), AMQPValue::LongLongInt(event.ending.attempts.into()));
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     BasicProperties::default()
         .with_delivery_mode(PERSISTENT)

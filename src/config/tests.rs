@@ -48,6 +48,8 @@ fn all_faults_are_told_at_once_each_with_an_example_and_no_secret() {
             ("ELEVENLABS_BASE_URL", "https://user:pass-secret@x"),
             ("AMQP_PREFIX", "amq.x"),
             ("HOST", "localhost"),
+            ("LEDGER_URL", "host=h password=pass-secret"),
+            ("LEDGER_RETENTION", "1h"),
         ],
     )
     .worker()
@@ -66,10 +68,12 @@ fn all_faults_are_told_at_once_each_with_an_example_and_no_secret() {
         "ELEVENLABS_BASE_URL is \"…\", not an http or https URL without user",
         "AMQP_PREFIX is \"amq.x\"",
         "HOST is \"localhost\"",
+        "LEDGER_URL is \"…\", not sqlite:PATH, or postgres://user:password@host:5432/database",
+        "LEDGER_RETENTION is \"1h\", not a duration of at least 24h with its unit; example: LEDGER_RETENTION=720h",
     ] {
         assert!(faults.contains(part), "{part} is missing in:\n{faults}");
     }
-    assert_eq!(faults.lines().count(), 12, "{faults}");
+    assert_eq!(faults.lines().count(), 14, "{faults}");
     assert!(!faults.contains("secret"), "{faults}");
 }
 
@@ -87,6 +91,30 @@ fn secrets_are_redacted_wherever_settings_are_printed() {
     let printed = format!("{settings:?}");
     assert!(!printed.contains("secret"), "{printed}");
     assert_eq!(settings.broker.shown_url, "amqp://user:***@broker:5672/%2f");
+    for (url, shown) in [
+        ("postgres://user:pass-secret@db:5433/calls", "postgres://db/calls"),
+        ("postgres://db/calls?user=u&password=a@secret", "postgres://db/calls"),
+        ("sqlite:///var/lib/ledger.db", "sqlite:/var/lib/ledger.db"),
+        ("sqlite:ledger.db", "sqlite:ledger.db"),
+        ("memory:", "memory:"),
+    ] {
+        let settings = sources(None, &[KEY, ("LEDGER_URL", url)]).worker().unwrap();
+        assert_eq!(settings.ledger.place.to_string(), shown);
+        assert!(!format!("{settings:?}").contains("secret"));
+    }
+}
+
+#[test]
+fn a_submit_that_could_outlast_the_brokers_patience_is_refused() {
+    let long = [KEY, ("SETTLING_WINDOW", "3m"), ("ELEVENLABS_TIMEOUT", "2m")];
+    let faults = sources(None, &long).worker().unwrap_err().to_string();
+    assert!(
+        faults.contains("RETRY_HORIZON + 2 x SETTLING_WINDOW + 4 x ELEVENLABS_TIMEOUT"),
+        "{faults}"
+    );
+    for forgetful in ["sqlite:", "sqlite::memory:", "mysql://h/d", ""] {
+        assert!(super::ledger_place(forgetful).is_none(), "{forgetful}");
+    }
 }
 
 #[test]

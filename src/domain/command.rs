@@ -132,9 +132,16 @@ impl CommandMessage {
         for (name, id) in
             [("message_id", &self.message_id), ("correlation_id", &self.correlation_id)]
         {
-            if id.as_ref().is_some_and(|id| id.contains(SUBSTITUTE)) {
+            let Some(id) = id else { continue };
+            if id.contains(SUBSTITUTE) {
                 return Err(Rejection::of(format!(
                     "the {name} is not UTF-8; send UTF-8 text, such as a UUID"
+                )));
+            }
+            // No text column of a database takes it.
+            if id.contains('\0') {
+                return Err(Rejection::of(format!(
+                    "the {name} has a NUL character in it; send printable text, such as a UUID"
                 )));
             }
         }
@@ -176,9 +183,9 @@ pub enum Command {
     /// Create a batch.
     Submit(Box<Submit>),
     /// Stop a batch.
-    Cancel(BatchId),
+    Cancel(Target),
     /// Read a batch.
-    Get(BatchId),
+    Get(Target),
 }
 
 impl Command {
@@ -192,17 +199,38 @@ impl Command {
                 submit.check()?;
                 Ok(Self::Submit(Box::new(submit)))
             }
-            CommandKind::Cancel => {
-                Ok(Self::Cancel(validation::typed::<BatchReference>(text)?.batch_id))
-            }
-            CommandKind::Get => Ok(Self::Get(validation::typed::<BatchReference>(text)?.batch_id)),
+            CommandKind::Cancel => Ok(Self::Cancel(validation::typed(text)?)),
+            CommandKind::Get => Ok(Self::Get(validation::typed(text)?)),
         }
     }
 }
 
+/// Which batch a cancel or a get is about (`schemas/cancel.json`, `schemas/get.json`).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Reference")]
+pub enum Target {
+    /// By the vendor's id.
+    Batch(BatchId),
+    /// By the `message_id` of the submit that creates it.
+    Submit(String),
+}
+
 #[derive(Deserialize)]
-struct BatchReference {
-    batch_id: BatchId,
+struct Reference {
+    batch_id: Option<BatchId>,
+    command_id: Option<String>,
+}
+
+impl TryFrom<Reference> for Target {
+    type Error = &'static str;
+
+    fn try_from(reference: Reference) -> Result<Self, Self::Error> {
+        match (reference.batch_id, reference.command_id) {
+            (Some(id), None) => Ok(Self::Batch(id)),
+            (None, Some(id)) => Ok(Self::Submit(id)),
+            _ => Err("one of batch_id and command_id"),
+        }
+    }
 }
 
 /// A vendor's batch id that cannot leave its path segment in a URL.
@@ -249,18 +277,25 @@ pub struct Submit {
     /// 1 to 10,000, no two identical.
     pub recipients: Vec<Recipient>,
     /// Unix seconds; absent means now.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub scheduled_time_unix: Option<Box<RawValue>>,
     /// Compared with the vendor's answer, never sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub phone_provider: Option<String>,
     /// Passed on.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub timezone: Option<Box<RawValue>>,
     /// Passed on.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub branch_id: Option<Box<RawValue>>,
     /// Passed on.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub environment: Option<Box<RawValue>>,
     /// Passed on.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub telephony_call_config: Option<BTreeMap<String, Box<RawValue>>>,
     /// Passed on.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub target_concurrency_limit: Option<Box<RawValue>>,
 }
 
@@ -281,7 +316,8 @@ impl fmt::Debug for Submit {
 }
 
 impl Submit {
-    /// Tells two bodies apart, whatever their white space and the order of their fields.
+    /// Tells two bodies apart, whatever their white space and the order of their fields. Kept in
+    /// ledgers: a field that is not given adds nothing, so that new ones change no old fingerprint.
     pub fn fingerprint(&self) -> Uuid {
         // Serializing maps with string keys into memory has no way to fail; an empty fingerprint
         // would only make two broken bodies look alike.

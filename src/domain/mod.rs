@@ -4,4 +4,4 @@ pub mod command;
 pub mod result;
 mod validation;
 
-pub use validation::{Rejection, excerpt};
+pub use validation::{Rejection, excerpt, printable};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -12,7 +12,8 @@ use super::command::{CommandKind, CommandMessage};
 const RESULT_IDS: Uuid = Uuid::from_u128(0x6f1c_6f0e_58a4_4d0b_9d57_3b0a_9a86_61f2);
 
 /// Why a command failed: the stable value of the `error_code` header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
     /// The command breaks the contract.
     InvalidCommand,
@@ -28,11 +29,13 @@ pub enum ErrorCode {
     OutcomeUnknown,
     /// The id was used before with another body.
     CommandIdReused,
+    /// A cancel by the submit's id came first.
+    CancelledBeforeSubmit,
 }
 
 impl ErrorCode {
     /// Every code there is.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::InvalidCommand,
         Self::NotFound,
         Self::RejectedByElevenlabs,
@@ -40,6 +43,7 @@ impl ErrorCode {
         Self::UpstreamUnavailable,
         Self::OutcomeUnknown,
         Self::CommandIdReused,
+        Self::CancelledBeforeSubmit,
     ];
 
     /// The header's value.
@@ -52,13 +56,17 @@ impl ErrorCode {
             Self::UpstreamUnavailable => "upstream_unavailable",
             Self::OutcomeUnknown => "outcome_unknown",
             Self::CommandIdReused => "command_id_reused",
+            Self::CancelledBeforeSubmit => "cancelled_before_submit",
         }
     }
 
     /// The `status_code` header, as the REST service would have answered.
     pub const fn status_code(self) -> u16 {
         match self {
-            Self::InvalidCommand | Self::RejectedByElevenlabs | Self::CommandIdReused => 400,
+            Self::InvalidCommand
+            | Self::RejectedByElevenlabs
+            | Self::CommandIdReused
+            | Self::CancelledBeforeSubmit => 400,
             Self::NotFound => 404,
             Self::Unauthorized | Self::UpstreamUnavailable | Self::OutcomeUnknown => 500,
         }
@@ -71,8 +79,9 @@ impl fmt::Display for ErrorCode {
     }
 }
 
-/// How a command ended.
-#[derive(Clone, Debug)]
+/// How a command ended. Its JSON is what the ledger keeps: what later versions read, too.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// The vendor did it.
     Succeeded {
@@ -90,6 +99,25 @@ pub enum Outcome {
         /// A sentence a person can act on.
         error: String,
     },
+}
+
+/// Everything of a result that does not depend on who asks: what the ledger keeps of a submit.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ending {
+    /// How often the vendor was called for it.
+    pub attempts: u32,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+impl Ending {
+    /// The batch of a success.
+    pub fn batch_id(&self) -> Option<&str> {
+        match &self.outcome {
+            Outcome::Succeeded { batch_id, .. } => Some(batch_id),
+            Outcome::Failed { .. } => None,
+        }
+    }
 }
 
 /// Which of the results a command id may have this one is; it decides the event's `message_id`.
@@ -113,10 +141,8 @@ pub struct ResultEvent {
     pub correlation_id: String,
     /// The same for every publication of the same result.
     pub message_id: Uuid,
-    /// How often the vendor was called for it.
-    pub attempts: u32,
     /// How it ended.
-    pub outcome: Outcome,
+    pub ending: Ending,
     /// Copied from the command.
     pub traceparent: Option<String>,
     /// Copied from the command.
@@ -124,14 +150,9 @@ pub struct ResultEvent {
 }
 
 impl ResultEvent {
-    /// The result of `message`, whose id is `command_id`.
-    pub fn new(
-        message: &CommandMessage,
-        command_id: &str,
-        of: ResultOf,
-        outcome: Outcome,
-        attempts: u32,
-    ) -> Self {
+    /// The result of `message`, whose id is `command_id`. Who publishes a command again gets the
+    /// same one, under the correlation id and the trace of the message that asked.
+    pub fn new(message: &CommandMessage, command_id: &str, of: ResultOf, ending: Ending) -> Self {
         let kind = message.kind();
         let mut name = format!("{kind}\n{command_id}\n").into_bytes();
         if of == ResultOf::Refusal {
@@ -142,22 +163,9 @@ impl ResultEvent {
             command_id: command_id.to_owned(),
             correlation_id: correlation_id(message, command_id),
             message_id: Uuid::new_v5(&RESULT_IDS, &name),
-            attempts,
-            outcome,
+            ending,
             traceparent: message.traceparent.clone(),
             tracestate: message.tracestate.clone(),
-        }
-    }
-
-    /// The same result for another publication of the command: who asks again looks for the
-    /// correlation id and the trace of the message that asked.
-    #[must_use]
-    pub fn for_repeat(&self, message: &CommandMessage) -> Self {
-        Self {
-            correlation_id: correlation_id(message, &self.command_id),
-            traceparent: message.traceparent.clone(),
-            tracestate: message.tracestate.clone(),
-            ..self.clone()
         }
     }
 
@@ -178,12 +186,14 @@ impl ResultEvent {
             ),
             _ => (ErrorCode::UpstreamUnavailable, format!("{what}. {operator}.")),
         };
-        Self { outcome: Outcome::Failed { code, error }, ..self.clone() }
+        let ending =
+            Ending { attempts: self.ending.attempts, outcome: Outcome::Failed { code, error } };
+        Self { ending, ..self.clone() }
     }
 
     /// `batch-calling.<command>.succeeded` or `.failed`: routing key and AMQP `type`.
     pub fn routing_key(&self) -> String {
-        let end = match self.outcome {
+        let end = match self.ending.outcome {
             Outcome::Succeeded { .. } => "succeeded",
             Outcome::Failed { .. } => "failed",
         };
@@ -192,7 +202,7 @@ impl ResultEvent {
 
     /// The `status_code` header.
     pub fn status_code(&self) -> u16 {
-        match &self.outcome {
+        match &self.ending.outcome {
             Outcome::Succeeded { .. } => 200,
             Outcome::Failed { code, .. } => code.status_code(),
         }
@@ -200,7 +210,7 @@ impl ResultEvent {
 
     /// The `error_code` header of a failure.
     pub fn error_code(&self) -> Option<ErrorCode> {
-        match &self.outcome {
+        match &self.ending.outcome {
             Outcome::Succeeded { .. } => None,
             Outcome::Failed { code, .. } => Some(*code),
         }
@@ -208,15 +218,12 @@ impl ResultEvent {
 
     /// The batch of a success.
     pub fn batch_id(&self) -> Option<&str> {
-        match &self.outcome {
-            Outcome::Succeeded { batch_id, .. } => Some(batch_id),
-            Outcome::Failed { .. } => None,
-        }
+        self.ending.batch_id()
     }
 
     /// The `warning` header.
     pub fn warning(&self) -> Option<&str> {
-        match &self.outcome {
+        match &self.ending.outcome {
             Outcome::Succeeded { warning, .. } => warning.as_deref(),
             Outcome::Failed { .. } => None,
         }
@@ -234,7 +241,7 @@ impl ResultEvent {
             success: bool,
             error: &'a str,
         }
-        let json = match &self.outcome {
+        let json = match &self.ending.outcome {
             Outcome::Succeeded { data, .. } => {
                 serde_json::to_vec(&Succeeded { success: true, data })
             }
@@ -257,7 +264,34 @@ mod tests {
     fn failed(body: &str, of: ResultOf) -> ResultEvent {
         let outcome =
             Outcome::Failed { code: ErrorCode::InvalidCommand, error: "It is \"wrong\".".into() };
-        ResultEvent::new(&message(body), "c-1", of, outcome, 0)
+        ResultEvent::new(&message(body), "c-1", of, Ending { attempts: 0, outcome })
+    }
+
+    fn succeeded(outcome: Outcome) -> ResultEvent {
+        ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, Ending { attempts: 1, outcome })
+    }
+
+    #[test]
+    fn a_stored_ending_gives_the_same_bytes_again_and_reads_as_documented() {
+        let data = "{\"z\": 1.0,\n \"a\":1e2, \"id\":\"b\"}";
+        let outcome = Outcome::Succeeded {
+            data: RawValue::from_string(data.into()).unwrap(),
+            batch_id: "b".into(),
+            warning: None,
+        };
+        let event = succeeded(outcome);
+        let stored = serde_json::to_string(&event.ending).unwrap();
+        let read: Ending = serde_json::from_str(&stored).unwrap();
+        let again = ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, read);
+        assert_eq!(again.body(), event.body());
+        for code in ErrorCode::ALL {
+            let outcome = Outcome::Failed { code, error: "e".into() };
+            let stored = serde_json::to_string(&Ending { attempts: 2, outcome }).unwrap();
+            let expected = format!(
+                r#"{{"attempts":2,"outcome":{{"failed":{{"code":"{code}","error":"e"}}}}}}"#
+            );
+            assert_eq!(stored, expected, "rows of other versions are read by these names");
+        }
     }
 
     #[test]
@@ -268,7 +302,7 @@ mod tests {
             batch_id: "b".into(),
             warning: None,
         };
-        let event = ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, outcome, 1);
+        let event = succeeded(outcome);
         assert_eq!(
             String::from_utf8(event.body()).unwrap(),
             format!("{{\"success\":true,\"data\":{data}}}")
@@ -293,7 +327,7 @@ mod tests {
             batch_id: "btcal_1".into(),
             warning: None,
         };
-        let mut event = ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, outcome, 1);
+        let mut event = succeeded(outcome);
         assert_eq!(event.too_large(70_000).error_code(), Some(ErrorCode::OutcomeUnknown));
         let body = String::from_utf8(event.too_large(70_000).body()).unwrap();
         assert!(body.contains("do not publish it again. Look at batch btcal_1"), "{body}");

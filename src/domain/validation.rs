@@ -136,10 +136,14 @@ pub(super) fn typed<T: DeserializeOwned>(text: &str) -> Result<T, Rejection> {
     })
 }
 
+/// The whole of it, for what a person has to search for, without control characters and quotes.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() || c == '"' { '?' } else { c }).collect()
+}
+
 /// The first 64 characters, without control characters: enough to recognise a typo.
 pub fn excerpt(text: &str) -> String {
-    let mut shown: String =
-        text.chars().map(|c| if c.is_control() || c == '"' { '?' } else { c }).take(64).collect();
+    let mut shown: String = printable(text).chars().take(64).collect();
     if text.chars().nth(64).is_some() {
         shown.push('…');
     }
@@ -210,17 +214,9 @@ impl Schema {
                 return;
             }
             Kind::AdditionalProperties { unexpected } => {
-                let known = node.and_then(|node| node["properties"].as_object());
-                let known: Vec<_> = known.into_iter().flat_map(serde_json::Map::keys).collect();
+                let fault = format!("is not a known field; known are {}", known(node).join(", "));
                 for name in unexpected {
-                    let known = known.iter().map(|name| name.as_str());
-                    rejection.add(
-                        &child(&path, &excerpt(name)),
-                        &format!(
-                            "is not a known field; known are {}",
-                            known.collect::<Vec<_>>().join(", ")
-                        ),
-                    );
+                    rejection.add(&child(&path, &excerpt(name)), &fault);
                 }
                 return;
             }
@@ -230,7 +226,15 @@ impl Schema {
             Kind::Enum { options } => format!("must be one of {options}"),
             Kind::Not { .. } => format!("is {}", described()),
             Kind::Pattern { .. } => format!("must be {}", described()),
-            Kind::MinItems { limit: 1 } => "must not be empty".to_owned(),
+            Kind::MinProperties { .. } => {
+                format!("must have one of the fields {}", known(node).join(", "))
+            }
+            Kind::MaxProperties { limit: 1 } => {
+                format!("must have only one of the fields {}", known(node).join(", "))
+            }
+            Kind::MinLength { limit: 1 } | Kind::MinItems { limit: 1 } => {
+                "must not be empty".to_owned()
+            }
             Kind::MaxLength { limit } => format!("must have at most {limit} characters"),
             Kind::MinItems { limit } => format!("must have at least {limit} entries"),
             Kind::MaxItems { limit } => {
@@ -250,6 +254,12 @@ impl Schema {
         let (node, _keyword) = pointer.rsplit_once('/')?;
         self.document.pointer(node)
     }
+}
+
+/// The fields that a part of the schema names.
+fn known(node: Option<&Value>) -> Vec<&str> {
+    let properties = node.and_then(|node| node["properties"].as_object());
+    properties.into_iter().flat_map(serde_json::Map::keys).map(String::as_str).collect()
 }
 
 fn child(path: &str, name: &str) -> String {

@@ -15,6 +15,9 @@ use super::wire::{Batch, SubmitRequest};
 /// The largest answer that is read, in bytes: 10,000 recipients with all their data.
 const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
 
+/// Batches per page of the list: the vendor's own default.
+const PAGE: &str = "100";
+
 /// Shorter than any proxy keeps an idle connection: a reused one that the other side is just
 /// closing would make a submit's outcome unknown.
 const POOL_IDLE: Duration = Duration::from_secs(5);
@@ -105,6 +108,28 @@ impl Client {
         self.call(self.http.request(Method::POST, url), Some(id)).await
     }
 
+    /// `GET …/workspace`: one page of the batches of an agent, newest first; as it was answered.
+    pub(super) async fn list(
+        &self,
+        agent_id: &str,
+        cursor: Option<&str>,
+    ) -> Result<(String, HeaderMap), Error> {
+        let mut url = self.url(&["workspace"]);
+        url.query_pairs_mut()
+            .append_pair("limit", PAGE)
+            .append_pair("agent_id", agent_id)
+            .extend_pairs(cursor.map(|cursor| ("last_doc", cursor)));
+        let (body, status, headers) = self.read(self.http.request(Method::GET, url)).await?;
+        match String::from_utf8(body) {
+            Ok(text) => Ok((text, headers)),
+            Err(_) => Err(Error::Unreadable {
+                status,
+                reason: "it is not UTF-8".to_owned(),
+                request_id: error::request_id(&headers),
+            }),
+        }
+    }
+
     fn url(&self, rest: &[&str]) -> Url {
         let mut url = self.base_url.clone();
         // An http URL always has path segments; each one pushed is percent-encoded.
@@ -119,29 +144,31 @@ impl Client {
         request: reqwest::RequestBuilder,
         asked_for: Option<&BatchId>,
     ) -> Result<Answer, Error> {
+        let (body, status, headers) = self.read(request).await?;
+        answer(body, asked_for).map_err(|reason| Error::Unreadable {
+            status,
+            reason,
+            request_id: error::request_id(&headers),
+        })
+    }
+
+    /// The whole body of a 2xx answer, its status and its headers.
+    async fn read(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<(Vec<u8>, u16, HeaderMap), Error> {
         let mut response = request.send().await.map_err(Error::of_transport)?;
         let status = response.status().as_u16();
         let headers = std::mem::take(response.headers_mut());
-        let class = Class::of_status(status);
-        let body = match (read(&mut response).await, class) {
-            (Ok(body), _) => body,
-            // The status alone decides; only the vendor's words are lost.
-            (Err(_), Some(_)) => Vec::new(),
+        match (read(&mut response).await, Class::of_status(status)) {
+            (Ok(body), None) => Ok((body, status, headers)),
             (Err(reason), None) => {
-                return Err(Error::Unreadable {
-                    status,
-                    reason,
-                    request_id: error::request_id(&headers),
-                });
+                Err(Error::Unreadable { status, reason, request_id: error::request_id(&headers) })
             }
-        };
-        match class {
-            Some(class) => Err(Error::of_answer(class, status, &headers, &body)),
-            None => answer(body, asked_for).map_err(|reason| Error::Unreadable {
-                status,
-                reason,
-                request_id: error::request_id(&headers),
-            }),
+            // The status alone decides; where the body is cut, only the vendor's words are lost.
+            (body, Some(class)) => {
+                Err(Error::of_answer(class, status, &headers, &body.unwrap_or_default()))
+            }
         }
     }
 }

@@ -2,8 +2,10 @@
 
 mod client;
 mod error;
+mod reconcile;
 mod wire;
 
 pub use client::{Answer, Client, Settings, SetupError};
 pub use error::{Class, Error};
+pub use reconcile::{Finder, Lost};
 pub use wire::SubmitRequest;

@@ -1,6 +1,6 @@
 //! The vendor's JSON: what a submit looks like on the wire, and the few fields read from answers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use serde::ser::SerializeMap;
@@ -102,6 +102,61 @@ pub(super) struct Batch {
     pub status: Option<String>,
     #[serde(default)]
     pub phone_provider: Option<String>,
+}
+
+/// A page of the workspace's list of batches, newest first.
+#[derive(Deserialize)]
+pub(super) struct Page<'a> {
+    #[serde(borrow)]
+    pub batch_calls: Vec<&'a RawValue>,
+    #[serde(default)]
+    pub next_doc: Option<String>,
+    #[serde(default)]
+    pub has_more: bool,
+}
+
+/// What a batch in the list is recognised by.
+#[derive(Deserialize)]
+pub(super) struct Listed {
+    pub id: String,
+    pub name: String,
+    pub created_at_unix: i64,
+    #[serde(default)]
+    pub total_calls_scheduled: Option<u64>,
+}
+
+/// A batch with its recipients, of which only the marker is read.
+#[derive(Deserialize)]
+pub(super) struct Marked {
+    pub recipients: Vec<MarkedRecipient>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct MarkedRecipient {
+    conversation_initiation_client_data: Option<MarkedData>,
+}
+
+#[derive(Deserialize)]
+struct MarkedData {
+    dynamic_variables: Option<Marker>,
+}
+
+#[derive(Deserialize)]
+struct Marker {
+    /// Another program's may be anything.
+    call_manager_command_id: Option<serde_json::Value>,
+}
+
+impl Marked {
+    /// The commands whose marker a recipient carries: one for a batch of this worker's making.
+    pub fn command_ids(&self) -> BTreeSet<&str> {
+        let recipients = self.recipients.iter();
+        recipients
+            .filter_map(|recipient| recipient.conversation_initiation_client_data.as_ref())
+            .filter_map(|data| data.dynamic_variables.as_ref()?.call_manager_command_id.as_ref())
+            .filter_map(serde_json::Value::as_str)
+            .collect()
+    }
 }
 
 /// The vendor's error bodies: current, older, and validation errors.

@@ -1,19 +1,29 @@
 //! Executes one command: claim, call the vendor, record, result. Knows no AMQP.
 
+mod outcome;
+mod submit;
+
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 use uuid::Uuid;
 
-use crate::domain::command::{BatchId, COMMAND_ID_VARIABLE, Command, CommandKind, CommandMessage};
-use crate::domain::result::{ErrorCode, Outcome, ResultEvent, ResultOf};
-use crate::domain::{Rejection, excerpt};
-use crate::elevenlabs::{Answer, Class, Client, Error, SubmitRequest};
-use crate::ledger::{Claim, Memory};
+use crate::domain::Rejection;
+use crate::domain::command::{BatchId, Command, CommandKind, CommandMessage, Target};
+use crate::domain::result::{Ending, ErrorCode, Outcome, ResultEvent, ResultOf};
+use crate::elevenlabs::{Answer, Class, Client, Error, Finder, Lost, SubmitRequest};
+use crate::ledger::{Found, Ledger};
 use crate::retry::Policy;
 use crate::telemetry::chain;
+
+use submit::SubmitJob;
+
+/// How often to ask whether a submit that is in hand has ended.
+const LOOKING: Policy =
+    Policy { initial: Duration::from_millis(50), max: Duration::from_millis(500), horizon: None };
 
 /// Larger bodies are parsed off the reactor: 10,000 recipients take some 20 ms.
 const INLINE_BODY_BYTES: usize = 256 * 1024;
@@ -24,8 +34,12 @@ const LARGE_BODIES_AT_ONCE: usize = 2;
 /// How urgently a handler has to come to an end.
 #[derive(Clone, Debug, Default)]
 pub struct Stopping {
-    /// Begin nothing more: no new attempt, no further waiting.
+    /// Begin nothing more: no new attempt, no further waiting. The worker stops, or the connection
+    /// that the command came by is lost.
     pub soon: CancellationToken,
+    /// The same, for a submit that is claimed: it goes on without the connection, and its result
+    /// waits in the ledger for the copy that is delivered again. Only a stop of the worker ends it.
+    pub claimed: CancellationToken,
     /// Do not even wait for the request that is under way.
     pub now: CancellationToken,
 }
@@ -40,24 +54,50 @@ pub enum Handled {
 
 /// Executes commands against the vendor.
 pub struct Handler {
+    finder: Finder,
     vendor: Client,
-    ledger: Arc<Memory>,
+    ledger: Ledger,
     retry: Policy,
+    settling_window: Duration,
     large_bodies: Arc<Semaphore>,
 }
 
 /// A checked command, encoded for the vendor.
 enum Job {
     Submit(Box<SubmitJob>),
-    Cancel(BatchId),
-    Get(BatchId),
+    /// A cancel or a get.
+    Existing(CommandKind, Target),
 }
 
-struct SubmitJob {
-    request: SubmitRequest,
-    fingerprint: Uuid,
-    call_name: String,
-    phone_provider: Option<String>,
+/// What follows a call that did not give a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Another attempt would end the same way.
+    Fail,
+    /// Wait, and try again: the first attempt did nothing, or repeating it is harmless.
+    Again,
+    /// It may have created a batch: look for it before anything is sent again.
+    Look,
+}
+
+/// The whole policy. Reading and cancelling twice is harmless, submitting twice is not.
+pub const fn then(kind: CommandKind, class: Class) -> Then {
+    match (kind, class) {
+        (_, Class::Refused) => Then::Fail,
+        (CommandKind::Submit, Class::Unknown) => Then::Look,
+        (_, Class::NeverSent | Class::RateLimited)
+        | (CommandKind::Cancel | CommandKind::Get, Class::Unknown) => Then::Again,
+    }
+}
+
+/// How the handler takes its time.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// Attempts at the vendor.
+    pub retry: Policy,
+    /// How long a batch can take to show in the vendor's list. A submit whose answer was lost is
+    /// sent again only when its batch is still missing after that.
+    pub settling_window: Duration,
 }
 
 /// The end of a series of attempts.
@@ -68,19 +108,19 @@ enum Attempts {
         /// One of them may have been done although it gave no answer.
         in_doubt: bool,
     },
-    /// Stopped before the first attempt or between two, after which another one is harmless.
+    /// The worker is stopping.
     Stopped,
-    /// Stopped while a request was under way.
-    CutOff { attempts: u32 },
 }
 
 impl Handler {
-    /// A handler with an empty ledger.
-    pub fn new(vendor: Client, retry: Policy) -> Self {
+    /// A handler that remembers submits in `ledger`.
+    pub fn new(vendor: Client, ledger: Ledger, timing: Timing) -> Self {
         Self {
+            finder: Finder::new(vendor.clone()),
             vendor,
-            ledger: Arc::default(),
-            retry,
+            ledger,
+            retry: timing.retry,
+            settling_window: timing.settling_window,
             large_bodies: Arc::new(Semaphore::new(LARGE_BODIES_AT_ONCE)),
         }
     }
@@ -95,25 +135,32 @@ impl Handler {
         let job = match self.prepare(Arc::clone(&message), &command_id).await {
             Ok(job) => job,
             Err(rejection) => {
-                let failed = Outcome::Failed {
+                let outcome = Outcome::Failed {
                     code: ErrorCode::InvalidCommand,
                     error: rejection.to_string(),
                 };
-                return answered(&message, &command_id, ResultOf::Refusal, failed, 0);
+                let ending = Ending { attempts: 0, outcome };
+                return answered(&message, &command_id, ResultOf::Refusal, ending);
             }
         };
         match job {
             Job::Submit(submit) => self.submit(&message, &command_id, &submit, stopping).await,
-            Job::Cancel(id) => {
-                let attempts =
-                    self.attempt(CommandKind::Cancel, stopping, || self.cancel(&id)).await;
-                finish(&message, &command_id, attempts)
-            }
-            Job::Get(id) => {
-                let attempts =
-                    self.attempt(CommandKind::Get, stopping, || self.vendor.get(&id)).await;
-                finish(&message, &command_id, attempts)
-            }
+            Job::Existing(kind, target) => match self.batch_of(kind, target, stopping).await {
+                Looked::Batch(id) => {
+                    let attempts = match kind {
+                        CommandKind::Cancel => {
+                            self.attempt(kind, stopping, || self.cancel(&id)).await
+                        }
+                        _ => self.attempt(kind, stopping, || self.vendor.get(&id)).await,
+                    };
+                    finish(&message, &command_id, attempts)
+                }
+                Looked::Nothing(outcome) => {
+                    let ending = Ending { attempts: 0, outcome };
+                    answered(&message, &command_id, ResultOf::Command, ending)
+                }
+                Looked::Stopped => Handled::GivenBack,
+            },
         }
     }
 
@@ -135,79 +182,6 @@ impl Handler {
         parsed.unwrap_or_else(|_| Err(Rejection::of("the body could not be read")))
     }
 
-    async fn submit(
-        &self,
-        message: &CommandMessage,
-        command_id: &str,
-        job: &SubmitJob,
-        stopping: &Stopping,
-    ) -> Handled {
-        let claim = loop {
-            match self.ledger.claim(command_id, job.fingerprint) {
-                Claim::Held(held) => tokio::select! {
-                    () = held.freed() => {}
-                    () = stopping.soon.cancelled() => return Handled::GivenBack,
-                },
-                Claim::Fresh(fresh) => break fresh,
-                Claim::Settled(result) => {
-                    return Handled::Answered(Arc::new(result.for_repeat(message)));
-                }
-                Claim::Abandoned => {
-                    let outcome =
-                        outcome_unknown(command_id, job, "the task that sent it ended early");
-                    return answered(message, command_id, ResultOf::Command, outcome, 1);
-                }
-                Claim::Conflict => {
-                    let failed = Outcome::Failed {
-                        code: ErrorCode::CommandIdReused,
-                        error: format!(
-                            "The message_id \"{}\" was already used for a submit with another body, \
-                             so this one was not executed. Publish it again with a message_id of its own.",
-                            excerpt(command_id)
-                        ),
-                    };
-                    return answered(message, command_id, ResultOf::Refusal, failed, 0);
-                }
-            }
-        };
-        let attempt = || self.vendor.submit(&job.request);
-        let (result, attempts) = match self.attempt(CommandKind::Submit, stopping, attempt).await {
-            Attempts::Ended { result, attempts, .. } => (Some(result), attempts),
-            Attempts::Stopped => {
-                claim.release();
-                return Handled::GivenBack;
-            }
-            Attempts::CutOff { attempts } => (None, attempts),
-        };
-        let outcome = match result {
-            // Given back, it would be sent again by the next worker.
-            None => {
-                outcome_unknown(command_id, job, "the worker was stopped before the answer came")
-            }
-            Some(Ok(answer)) => {
-                let warning = provider_warning(job.phone_provider.as_deref(), &answer);
-                if warning.is_some() {
-                    warn!(
-                        command_id,
-                        batch_id = answer.batch_id,
-                        expected = job.phone_provider,
-                        actual = answer.phone_provider,
-                        "the batch exists, but its phone provider is not the one the command names"
-                    );
-                }
-                Outcome::Succeeded { data: answer.data, batch_id: answer.batch_id, warning }
-            }
-            Some(Err(error)) if error.class() == Class::Unknown => {
-                outcome_unknown(command_id, job, &error.to_string())
-            }
-            Some(Err(error)) => failure(&error, attempts),
-        };
-        let result = ResultEvent::new(message, command_id, ResultOf::Command, outcome, attempts);
-        let result = Arc::new(result);
-        claim.settle(Arc::clone(&result));
-        Handled::Answered(result)
-    }
-
     /// A cancel that finds the batch already cancelled has what it wanted.
     async fn cancel(&self, id: &BatchId) -> Result<Answer, Error> {
         let refused = match self.vendor.cancel(id).await {
@@ -224,8 +198,46 @@ impl Handler {
         }
     }
 
-    /// Calls until there is an end: an answer, an error that another attempt cannot or must not
-    /// change, the retry horizon, or a stop.
+    /// The batch that a cancel or a get is about. Waits for a submit that is in hand.
+    async fn batch_of(&self, kind: CommandKind, target: Target, stopping: &Stopping) -> Looked {
+        let submit_id = match target {
+            Target::Batch(id) => return Looked::Batch(id),
+            Target::Submit(id) => id,
+        };
+        let mut pace = Policy { horizon: self.retry.horizon, ..LOOKING }.start();
+        let mut strike = kind == CommandKind::Cancel;
+        loop {
+            let found = self.ledger.find(&submit_id, strike).await;
+            // One is enough, and each is a write.
+            strike &= found.is_err();
+            match found {
+                Ok(Found::Nobody) => {
+                    return Looked::Nothing(outcome::nothing_begun(kind, &submit_id));
+                }
+                Ok(Found::Settled(ending)) => {
+                    let id = ending.batch_id().and_then(|id| BatchId::try_from(id.to_owned()).ok());
+                    return match id {
+                        Some(id) => Looked::Batch(id),
+                        None => Looked::Nothing(outcome::no_batch(&submit_id, &ending)),
+                    };
+                }
+                Ok(Found::InHand) | Err(_) => {}
+            }
+            let Some(wait) = pace.next_wait(None) else {
+                return match found {
+                    Ok(_) => Looked::Nothing(outcome::still_in_hand(kind, &submit_id)),
+                    Err(_) => Looked::Stopped,
+                };
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = stopping.soon.cancelled() => return Looked::Stopped,
+            }
+        }
+    }
+
+    /// Calls until there is an end: an answer, a refusal, the retry horizon, or a stop. To read or
+    /// to cancel once more is harmless, whatever became of the attempt before.
     async fn attempt<F>(
         &self,
         kind: CommandKind,
@@ -246,14 +258,14 @@ impl Handler {
             let result = tokio::select! {
                 biased;
                 result = call() => result,
-                () = stopping.now.cancelled() => return Attempts::CutOff { attempts },
+                () = stopping.now.cancelled() => return Attempts::Stopped,
             };
             let wait = match &result {
                 Ok(_) => None,
                 Err(error) => {
                     in_doubt |= error.class() == Class::Unknown;
-                    let retry = may_retry(kind, error.class());
-                    retry.then(|| schedule.next_wait(error.retry_after())).flatten()
+                    let again = then(kind, error.class()) == Then::Again;
+                    again.then(|| schedule.next_wait(error.retry_after())).flatten()
                 }
             };
             let (Some(wait), Err(error)) = (wait, &result) else {
@@ -275,14 +287,12 @@ impl Handler {
     }
 }
 
-/// Reading and cancelling twice is harmless; a submit is sent again only where it surely created
-/// nothing.
-pub const fn may_retry(kind: CommandKind, class: Class) -> bool {
-    match (kind, class) {
-        (_, Class::Refused) | (CommandKind::Submit, Class::Unknown) => false,
-        (_, Class::NeverSent | Class::RateLimited)
-        | (CommandKind::Cancel | CommandKind::Get, Class::Unknown) => true,
-    }
+/// What a cancel or a get is about.
+enum Looked {
+    Batch(BatchId),
+    /// There is no batch (yet).
+    Nothing(Outcome),
+    Stopped,
 }
 
 fn prepare(message: &CommandMessage, command_id: &str) -> Result<Job, Rejection> {
@@ -293,109 +303,39 @@ fn prepare(message: &CommandMessage, command_id: &str) -> Result<Job, Rejection>
             Job::Submit(Box::new(SubmitJob {
                 request,
                 fingerprint: submit.fingerprint(),
-                call_name: submit.call_name,
+                lost: Lost {
+                    command_id: command_id.to_owned(),
+                    agent_id: submit.agent_id,
+                    name: submit.call_name,
+                },
                 phone_provider: submit.phone_provider,
             }))
         }
-        Command::Cancel(id) => Job::Cancel(id),
-        Command::Get(id) => Job::Get(id),
+        Command::Cancel(target) => Job::Existing(CommandKind::Cancel, target),
+        Command::Get(target) => Job::Existing(CommandKind::Get, target),
     })
 }
 
-fn answered(
-    message: &CommandMessage,
-    command_id: &str,
-    of: ResultOf,
-    outcome: Outcome,
-    attempts: u32,
-) -> Handled {
-    Handled::Answered(Arc::new(ResultEvent::new(message, command_id, of, outcome, attempts)))
+fn answered(message: &CommandMessage, command_id: &str, of: ResultOf, ending: Ending) -> Handled {
+    Handled::Answered(Arc::new(ResultEvent::new(message, command_id, of, ending)))
 }
 
 fn finish(message: &CommandMessage, command_id: &str, ended: Attempts) -> Handled {
     let (result, attempts, in_doubt) = match ended {
         Attempts::Ended { result, attempts, in_doubt } => (result, attempts, in_doubt),
         // To read or to cancel twice is harmless.
-        Attempts::Stopped | Attempts::CutOff { .. } => return Handled::GivenBack,
+        Attempts::Stopped => return Handled::GivenBack,
     };
     let outcome = match result {
-        Ok(answer) => {
-            Outcome::Succeeded { data: answer.data, batch_id: answer.batch_id, warning: None }
-        }
+        Ok(answer) => outcome::succeeded(answer, None),
         Err(error)
             if in_doubt
                 && message.kind() == CommandKind::Cancel
                 && error.class() != Class::Refused =>
         {
-            Outcome::Failed {
-                code: ErrorCode::OutcomeUnknown,
-                error: format!(
-                    "It is not known whether ElevenLabs cancelled this batch: {error}. People may \
-                     still be called: publish the cancel again with a new message_id (repeating it \
-                     is harmless), or look at the batch's status in ElevenLabs."
-                ),
-            }
+            outcome::cancel_unknown(&error.to_string())
         }
-        Err(error) => failure(&error, attempts),
+        Err(error) => outcome::failure(&error, attempts),
     };
-    answered(message, command_id, ResultOf::Command, outcome, attempts)
-}
-
-/// The result of an error that is not going to be retried.
-fn failure(error: &Error, attempts: u32) -> Outcome {
-    let (code, error) = match error {
-        Error::Refused { status: 401 | 403, message, .. } => (
-            ErrorCode::Unauthorized,
-            format!(
-                "ElevenLabs refused the worker's API key: {message}. The operator of call-manager \
-                 has to check ELEVENLABS_API_KEY and its permissions; then publish the command again with \
-                 a new message_id."
-            ),
-        ),
-        Error::Refused { status: 404, message, .. } => (
-            ErrorCode::NotFound,
-            format!("ElevenLabs does not know it: {message}. Check the ids in the command."),
-        ),
-        Error::Refused { message, .. } => (
-            ErrorCode::RejectedByElevenlabs,
-            format!(
-                "ElevenLabs refused the command: {message}. Correct it and publish it again with a new \
-                 message_id."
-            ),
-        ),
-        unavailable => (
-            ErrorCode::UpstreamUnavailable,
-            format!(
-                "ElevenLabs could not do it in {attempts} attempt(s); the last one ended so: \
-                 {unavailable}. Publish the command again later, with a new message_id."
-            ),
-        ),
-    };
-    Outcome::Failed { code, error }
-}
-
-fn outcome_unknown(command_id: &str, job: &SubmitJob, reason: &str) -> Outcome {
-    Outcome::Failed {
-        code: ErrorCode::OutcomeUnknown,
-        error: format!(
-            "It is not known whether ElevenLabs created this batch: {reason}. Nothing was sent \
-             again. Look in ElevenLabs for a batch named \"{}\" whose recipients carry the dynamic \
-             variable {COMMAND_ID_VARIABLE} = \"{}\"; only if there is none, publish the submit \
-             again with a new message_id.",
-            excerpt(&job.call_name),
-            excerpt(command_id),
-        ),
-    }
-}
-
-fn provider_warning(expected: Option<&str>, answer: &Answer) -> Option<String> {
-    let expected = expected?;
-    let actual = answer.phone_provider.as_deref().unwrap_or("none");
-    (actual != expected).then(|| {
-        format!(
-            "phone_provider is {expected} in the command, but the agent_phone_number_id belongs to \
-             {}; the batch was created with the latter",
-            excerpt(actual)
-        )
-    })
+    answered(message, command_id, ResultOf::Command, Ending { attempts, outcome })
 }

@@ -255,8 +255,9 @@ async fn the_example_of_results_handles_each_once_and_misses_none() {
 
     child.kill().await.unwrap();
     until("the example is gone", async || world.queue(&queue).await.1 == 0).await;
-    // The last acknowledgement may have died with it.
-    assert!(world.queue(&queue).await.0 <= 1, "what was handled is acknowledged");
+    // The last acknowledgements may have died with it: the kernel resets a connection that its
+    // process left with something unread.
+    assert!(world.queue(&queue).await.0 <= 2, "what was handled is acknowledged");
     world.publish(CommandKind::Get, br#"{"batch_id":"btcal_nobody"}"#, with_id("m-4")).await;
     let (_child, mut lines) = example.start(&[&queue]);
     while !next_line(&mut lines).await.contains(" m-4 ") {}

@@ -12,10 +12,18 @@
 )]
 
 mod bad_input;
+mod by_command_id;
 mod commands;
+#[cfg(feature = "crash-points")]
+mod crash;
 mod documents;
 mod examples;
+mod ledger;
+mod ledger_open;
 mod mutations;
+mod process;
+mod races;
+mod reconcile;
 mod reconnect;
 mod request;
 mod results;

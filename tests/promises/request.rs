@@ -33,6 +33,10 @@ async fn submit_get_and_cancel_print_the_result_and_exit_0() {
         assert_eq!(code, 0, "{out}");
         assert!(out.contains(id));
     }
+    let command_id = world.next_result().await.command_id();
+    let (code, out, _) = request(&world, &["get", "--command-id", &command_id]).await;
+    assert_eq!(code, 1, "{out}");
+    assert!(out.contains("No submit with the message_id"), "a get is no submit: {out}");
     let reference = tempfile::NamedTempFile::new().unwrap();
     tokio::fs::write(reference.path(), format!("{{\"batch_id\":\"{id}\"}}")).await.unwrap();
     let (code, out, _) = request(&world, &["get", reference.path().to_str().unwrap()]).await;
@@ -98,7 +102,10 @@ async fn what_could_not_be_asked_exits_2_and_says_why() {
     assert_eq!(err.lines().count(), 1, "{err}");
 
     let (code, _, err) = request(&world, &["get"]).await;
-    assert_eq!((code, err.as_str()), (2, "call-manager: give a FILE, - or --batch-id\n"));
+    assert_eq!(
+        (code, err.as_str()),
+        (2, "call-manager: give a FILE, -, --batch-id or --command-id\n")
+    );
     world.clean_up().await;
 }
 

@@ -22,6 +22,8 @@ pub fn program(environment: &[(&str, &str)]) -> Command {
     let mut command = Command::new(PROGRAM);
     command
         .env_clear()
+        // Most of these end before there is anything to remember.
+        .env("LEDGER_URL", "memory:")
         .envs(environment.iter().copied())
         .current_dir(std::env::temp_dir())
         .stdin(Stdio::null())
@@ -58,7 +60,9 @@ impl Process {
     async fn start(world: &World, more: &[(&str, &str)]) -> Self {
         let settings = world.settings();
         let (url, vendor) = (amqp_url(), world.sandbox.base_url());
+        let ledger = settings.ledger.place.to_string();
         let mut environment = vec![
+            ("LEDGER_URL", ledger.as_str()),
             ("AMQP_URL", url.as_str()),
             ("AMQP_PREFIX", settings.broker.amqp_prefix.as_str()),
             ("ELEVENLABS_BASE_URL", vendor.as_str()),

@@ -1,17 +1,19 @@
 //! A world for one test: queues of its own at a real broker, a sandbox, a worker, and the results.
 
+pub mod postgres;
 pub mod proxy;
 pub mod raw;
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use call_manager::app;
 use call_manager::broker::Topology;
-use call_manager::config::{BrokerSettings, LogSettings, Settings};
+use call_manager::config::{BrokerSettings, LedgerPlace, LedgerSettings, LogSettings, Settings};
 use call_manager::domain::command::CommandKind;
 use call_manager::telemetry::LogFormat;
-use elevenlabs_sandbox::{Options, Sandbox};
+use elevenlabs_sandbox::{Options, Route, Sandbox};
 use futures_util::StreamExt as _;
 use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
@@ -20,6 +22,7 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -50,6 +53,7 @@ pub struct World {
     prefix: String,
     connection: Connection,
     results: Consumer,
+    folder: TempDir,
     worker: Option<Running>,
 }
 
@@ -81,7 +85,11 @@ impl World {
 
     /// Broker, sandbox and results only.
     pub async fn without_worker() -> Self {
-        let options = Options { speed: 0.0, ..Options::default() };
+        Self::before(Options { speed: 0.0, ..Options::default() }).await
+    }
+
+    /// The same, before a sandbox that is set up otherwise than usual.
+    pub async fn before(options: Options) -> Self {
         let sandbox = Sandbox::start(options).await.unwrap();
         let prefix = format!("test-{}", Uuid::now_v7());
         let topology = Topology::new(&prefix);
@@ -91,7 +99,16 @@ impl World {
         // Declared by the one who knows how: what a worker declares is a part of what is tested.
         topology.declare(&channel).await.unwrap();
         let results = listen(&channel, &topology.results_exchange()).await;
-        Self { sandbox, topology, channel, prefix, connection, results, worker: None }
+        Self {
+            sandbox,
+            topology,
+            channel,
+            prefix,
+            connection,
+            results,
+            folder: tempfile::tempdir().unwrap(),
+            worker: None,
+        }
     }
 
     /// What is needed to delete what a worker has declared under a prefix.
@@ -105,6 +122,7 @@ impl World {
             channel,
             prefix: prefix.to_owned(),
             connection,
+            folder: tempfile::tempdir().unwrap(),
             worker: None,
         }
     }
@@ -123,10 +141,20 @@ impl World {
                 amqp_prefix: self.prefix.clone(),
                 prefetch: 64,
             },
+            ledger: LedgerSettings {
+                place: LedgerPlace::Sqlite(self.ledger_file()),
+                retention: Duration::from_secs(30 * 24 * 60 * 60),
+            },
             retry_horizon: Duration::from_secs(60),
+            settling_window: Duration::from_millis(300),
             shutdown_grace: Duration::from_secs(30),
             log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
         }
+    }
+
+    /// The file that the workers of this world keep their ledger in, one after the other.
+    pub fn ledger_file(&self) -> PathBuf {
+        self.folder.path().join("ledger.db")
     }
 
     pub async fn start_worker(&mut self, change: impl FnOnce(&mut Settings)) {
@@ -220,6 +248,11 @@ impl World {
     pub async fn submitted(&mut self) -> String {
         let result = self.ask(CommandKind::Submit, &submit_body()).await;
         result.json["data"]["id"].as_str().expect("the submit succeeds").to_owned()
+    }
+
+    /// How many requests of this kind the vendor has got.
+    pub fn requests(&self, route: Route) -> usize {
+        self.sandbox.requests().iter().filter(|request| request.route == route).count()
     }
 
     pub async fn next_result(&mut self) -> Received {

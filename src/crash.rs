@@ -1,0 +1,16 @@
+//! Points at which a test kills the worker, as `ARCHITECTURE.md` numbers them. Only a build with the
+//! feature `crash-points` has them.
+
+/// Dies as by `kill -9` where the environment says `CRASH_AT=<number>`.
+#[cfg(feature = "crash-points")]
+pub fn point(number: u8) {
+    use rustix::process::{Signal, getpid, kill_process};
+
+    if std::env::var("CRASH_AT").is_ok_and(|chosen| chosen == number.to_string()) {
+        kill_process(getpid(), Signal::KILL).ok();
+    }
+}
+
+/// Nothing.
+#[cfg(not(feature = "crash-points"))]
+pub const fn point(_number: u8) {}

@@ -1,0 +1,187 @@
+//! What a requester gets to read: every failure's sentence, and the warning of a success.
+
+use crate::domain::command::{COMMAND_ID_VARIABLE, CommandKind};
+use crate::domain::result::{Ending, ErrorCode, Outcome};
+use crate::domain::{excerpt, printable};
+use crate::elevenlabs::{Answer, Error};
+
+/// The vendor did it.
+pub fn succeeded(answer: Answer, warning: Option<String>) -> Outcome {
+    Outcome::Succeeded { data: answer.data, batch_id: answer.batch_id, warning }
+}
+
+/// An error that is not going to be retried.
+pub fn failure(error: &Error, attempts: u32) -> Outcome {
+    let (code, error) = match error {
+        Error::Refused { status: 401 | 403, message, .. } => (
+            ErrorCode::Unauthorized,
+            format!(
+                "ElevenLabs refused the worker's API key: {message}. The operator of call-manager \
+                 has to check ELEVENLABS_API_KEY and its permissions; then publish the command again with \
+                 a new message_id."
+            ),
+        ),
+        Error::Refused { status: 404, message, .. } => (
+            ErrorCode::NotFound,
+            format!("ElevenLabs does not know it: {message}. Check the ids in the command."),
+        ),
+        Error::Refused { message, .. } => (
+            ErrorCode::RejectedByElevenlabs,
+            format!(
+                "ElevenLabs refused the command: {message}. Correct it and publish it again with a new \
+                 message_id."
+            ),
+        ),
+        unavailable => {
+            return self::unavailable(attempts, &unavailable.to_string());
+        }
+    };
+    Outcome::Failed { code, error }
+}
+
+/// The horizon is over, and it was surely not done.
+pub fn unavailable(attempts: u32, reason: &str) -> Outcome {
+    Outcome::Failed {
+        code: ErrorCode::UpstreamUnavailable,
+        error: format!(
+            "ElevenLabs could not do it in {attempts} attempt(s); the last one ended so: \
+             {reason}. Publish the command again later, with a new message_id."
+        ),
+    }
+}
+
+/// The last attempts of a cancel gave no answer.
+pub fn cancel_unknown(reason: &str) -> Outcome {
+    Outcome::Failed {
+        code: ErrorCode::OutcomeUnknown,
+        error: format!(
+            "It is not known whether ElevenLabs cancelled this batch: {reason}. People may still be \
+             called: publish the cancel again with a new message_id (repeating it is harmless), or \
+             look at the batch's status in ElevenLabs."
+        ),
+    }
+}
+
+/// The answer to a submit was lost, and ElevenLabs could not be asked for its batch.
+pub fn submit_unknown(command_id: &str, call_name: &str, lost: &str, asked: &str) -> Outcome {
+    Outcome::Failed {
+        code: ErrorCode::OutcomeUnknown,
+        error: format!(
+            "It is not known whether ElevenLabs created this batch: {lost}; and it could not be \
+             asked for its batches until RETRY_HORIZON was over: {asked}. Nothing was sent again. Look \
+             in ElevenLabs for a batch named \"{}\" whose recipients carry the dynamic variable \
+             {COMMAND_ID_VARIABLE} = \"{}\"; only if there is none, publish the submit again with a \
+             new message_id.",
+            printable(call_name),
+            printable(command_id),
+        ),
+    }
+}
+
+/// A cancel by its id came before the submit was begun.
+pub fn struck(attempts: u32) -> Outcome {
+    let done = match attempts {
+        0 => "Nothing was sent to ElevenLabs",
+        _ => "ElevenLabs created no batch",
+    };
+    Outcome::Failed {
+        code: ErrorCode::CancelledBeforeSubmit,
+        error: format!(
+            "A cancel with this submit's message_id came before it was executed. {done}, and nobody \
+             is called. If it shall be executed after all, publish it again with a new message_id."
+        ),
+    }
+}
+
+/// The id of a submit was used for another one.
+pub fn reused(command_id: &str) -> Outcome {
+    Outcome::Failed {
+        code: ErrorCode::CommandIdReused,
+        error: format!(
+            "The message_id \"{}\" was already used for a submit with another body, so this one was \
+             not executed. Publish it again with a message_id of its own.",
+            excerpt(command_id)
+        ),
+    }
+}
+
+/// A cancel or a get names a submit that nobody has begun.
+pub fn nothing_begun(kind: CommandKind, submit_id: &str) -> Outcome {
+    let then = match kind {
+        CommandKind::Cancel => {
+            "If it comes within 24 hours, it is not executed but answered cancelled_before_submit. \
+             Check command_id if you expected a batch."
+        }
+        _ => "Check command_id, or ask again when its result has come.",
+    };
+    Outcome::Failed {
+        code: ErrorCode::NotFound,
+        error: format!(
+            "No submit with the message_id \"{}\" has been executed. {then}",
+            excerpt(submit_id)
+        ),
+    }
+}
+
+/// A cancel or a get names a submit that ended without a batch that could be named.
+pub fn no_batch(submit_id: &str, ending: &Ending) -> Outcome {
+    let submit_id = excerpt(submit_id);
+    let code = match &ending.outcome {
+        Outcome::Failed { code, .. } => *code,
+        // Its id has a form that no URL takes.
+        Outcome::Succeeded { .. } => ErrorCode::OutcomeUnknown,
+    };
+    let (code, error) = match code {
+        ErrorCode::OutcomeUnknown => (
+            ErrorCode::OutcomeUnknown,
+            format!(
+                "It is not known which batch the submit \"{submit_id}\" created, if any: its own \
+                 result says how to look for it in ElevenLabs. Then use batch_id."
+            ),
+        ),
+        code => (
+            ErrorCode::NotFound,
+            format!(
+                "The submit \"{submit_id}\" ended with {code}: there is no batch of it, and nobody \
+                 is called."
+            ),
+        ),
+    };
+    Outcome::Failed { code, error }
+}
+
+/// A cancel or a get names a submit that has been in hand for too long to wait.
+pub fn still_in_hand(kind: CommandKind, submit_id: &str) -> Outcome {
+    let submit_id = excerpt(submit_id);
+    let (code, error) = match kind {
+        CommandKind::Cancel => (
+            ErrorCode::OutcomeUnknown,
+            format!(
+                "The submit \"{submit_id}\" is still being executed. It is not sent to ElevenLabs \
+                 again, but a request that is under way may create its batch: publish the cancel \
+                 again, with a new message_id, until it is answered otherwise."
+            ),
+        ),
+        _ => (
+            ErrorCode::UpstreamUnavailable,
+            format!(
+                "The submit \"{submit_id}\" is still being executed. Ask again later, with a new \
+                 message_id."
+            ),
+        ),
+    };
+    Outcome::Failed { code, error }
+}
+
+/// The batch exists, but the number that calls is not of the provider the command names.
+pub fn provider_warning(expected: Option<&str>, answer: &Answer) -> Option<String> {
+    let expected = expected?;
+    let actual = answer.phone_provider.as_deref().unwrap_or("none");
+    (actual != expected).then(|| {
+        format!(
+            "phone_provider is {expected} in the command, but the agent_phone_number_id belongs to \
+             {}; the batch was created with the latter",
+            excerpt(actual)
+        )
+    })
+}

@@ -1,0 +1,122 @@
+//! Group commit: whatever is waiting is written in one transaction, and answered once it is durable.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, warn};
+
+use crate::telemetry::chain;
+
+use super::Unavailable;
+use super::row::{Millis, Op, Reply, Row};
+use super::store::{FORGET_AT_ONCE, Store, StoreError};
+
+/// The largest group. Larger ones gain nothing, and a failed one fails all of it.
+const MAX_GROUP: usize = 256;
+
+/// How often a part of what is old is removed: few rows, often, so that nobody waits for it.
+const FORGET_EVERY: Duration = Duration::from_secs(60);
+
+/// The same while there is more.
+const FORGET_MORE: Duration = Duration::from_secs(1);
+
+/// One operation and who waits for it.
+pub struct Request {
+    /// Which row.
+    pub command_id: Arc<str>,
+    /// What to do.
+    pub op: Op,
+    /// Gets the reply when it is durable.
+    pub reply: oneshot::Sender<Result<Reply, Unavailable>>,
+}
+
+/// The operations of one transaction.
+pub struct Group {
+    requests: Vec<Request>,
+    replies: Vec<Reply>,
+}
+
+/// A row as the transaction has to leave it; `None`: there is none any more.
+pub type Change = (Arc<str>, Option<Row>);
+
+impl Group {
+    fn new(requests: Vec<Request>) -> Self {
+        Self { replies: Vec::with_capacity(requests.len()), requests }
+    }
+
+    /// Whose rows it needs: sorted, each once.
+    pub fn ids(&self) -> BTreeSet<Arc<str>> {
+        self.requests.iter().map(|request| Arc::clone(&request.command_id)).collect()
+    }
+
+    /// Does all of it to the rows that were read; returns what has changed, sorted.
+    pub fn apply(&mut self, mut rows: HashMap<Arc<str>, Row>, now: Millis) -> Vec<Change> {
+        let mut changed = BTreeMap::new();
+        for Request { command_id, op, .. } in &self.requests {
+            let before = rows.remove(command_id);
+            let mut row = before.clone();
+            self.replies.push(op.apply(&mut row, now));
+            if row != before {
+                changed.insert(Arc::clone(command_id), row.clone());
+            }
+            if let Some(row) = row {
+                rows.insert(Arc::clone(command_id), row);
+            }
+        }
+        changed.into_iter().collect()
+    }
+
+    fn answer(self, committed: Result<(), StoreError>) {
+        match committed {
+            Ok(()) => {
+                for (request, reply) in self.requests.into_iter().zip(self.replies) {
+                    // Who does not wait any more has left its claim to its lease.
+                    request.reply.send(Ok(reply)).ok();
+                }
+            }
+            Err(error) => {
+                warn!(error = chain(&error), "the ledger cannot be written");
+                let error = Unavailable::from(error);
+                for request in self.requests {
+                    request.reply.send(Err(error.clone())).ok();
+                }
+            }
+        }
+    }
+}
+
+/// Serves requests until every sender is gone.
+pub async fn serve(
+    mut store: impl Store,
+    mut requests: mpsc::Receiver<Request>,
+    retention: Duration,
+) {
+    let mut forget_at = Instant::now();
+    loop {
+        if forget_at <= Instant::now() {
+            let more = match store.forget(retention).await {
+                Ok(rows) => {
+                    debug!(rows, "old rows removed from the ledger");
+                    rows >= FORGET_AT_ONCE.unsigned_abs()
+                }
+                Err(error) => {
+                    warn!(error = chain(&error), "old rows cannot be removed from the ledger");
+                    false
+                }
+            };
+            forget_at = Instant::now() + if more { FORGET_MORE } else { FORGET_EVERY };
+        }
+        let mut waiting = Vec::new();
+        match timeout_at(forget_at, requests.recv_many(&mut waiting, MAX_GROUP)).await {
+            Err(_) => continue,
+            Ok(0) => return,
+            Ok(_) => {}
+        }
+        let mut group = Group::new(waiting);
+        let committed = store.commit(&mut group).await;
+        group.answer(committed);
+    }
+}
