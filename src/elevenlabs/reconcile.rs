@@ -57,8 +57,8 @@ pub struct Finder {
 /// The newest batches whose marker is known. It never changes.
 #[derive(Default)]
 struct Known {
-    /// A hash of the command id in the marker; `None` where there is no marker.
-    by_batch: HashMap<Arc<str>, Option<u64>>,
+    /// A hash of the command id in the marker.
+    by_batch: HashMap<Arc<str>, u64>,
     oldest: VecDeque<Arc<str>>,
 }
 
@@ -68,21 +68,35 @@ impl Finder {
         Self { vendor, turns: Semaphore::new(AT_ONCE), known: Mutex::default() }
     }
 
-    /// Whose a batch is, as its submit was answered.
+    /// Whose a batch is, by its submit's answer or by its marker.
     pub fn note(&self, batch_id: &str, command_id: &str) {
-        self.remember(batch_id, Some(command_id));
+        let batch_id: Arc<str> = batch_id.into();
+        let mut known = self.known();
+        if known.by_batch.insert(Arc::clone(&batch_id), hash(command_id)).is_none() {
+            known.oldest.push_back(batch_id);
+        }
+        if known.oldest.len() > REMEMBERED
+            && let Some(oldest) = known.oldest.pop_front()
+        {
+            known.by_batch.remove(&oldest);
+        }
     }
 
-    /// Looks once through the list, back to before the first attempt, which was `age` ago.
+    /// Looks once through the list, back to before the first attempt, which was `age` ago; that is
+    /// asked when the vendor has said what time it is there.
     /// `Ok(None)` only where every batch that it could be was seen, and is not it. After an error,
     /// the next look need not ask again for what this one has learned.
-    pub async fn look(&self, lost: &Lost, age: Duration) -> Result<Option<Answer>, Error> {
+    pub async fn look(
+        &self,
+        lost: &Lost,
+        age: impl Fn() -> Duration,
+    ) -> Result<Option<Answer>, Error> {
         let mut cursor: Option<String> = None;
         let mut since = None;
         let mut inconclusive = None;
         for _ in 0..MAX_PAGES {
             let (text, headers) = self.vendor.list(&lost.agent_id, cursor.as_deref()).await?;
-            let since = *since.get_or_insert_with(|| first_second(&headers, age));
+            let since = *since.get_or_insert_with(|| first_second(&headers, age()));
             let page: Page<'_> = serde_json::from_str(&text)
                 .map_err(|_| unreadable("it is not a list of batches"))?;
             // One page that is too old as a whole ends the search: not every list is in perfect order.
@@ -139,28 +153,16 @@ impl Finder {
         if command_ids.is_empty() && (marked.recipients.len() as u64) < expected {
             return Err(unreadable("the batch does not have all of its recipients yet"));
         }
-        if command_ids.len() <= 1 {
-            self.remember(&listed.id, command_ids.first().copied());
+        // That there is none may change: what is listed may not be complete yet.
+        if let (1, Some(command_id)) = (command_ids.len(), command_ids.first()) {
+            self.note(&listed.id, command_id);
         }
         Ok(command_ids.contains(lost.command_id.as_str()))
     }
 
     fn is_anothers(&self, batch_id: &str, command_id: &str) -> bool {
         let known = self.known().by_batch.get(batch_id).copied();
-        known.is_some_and(|marker| marker != Some(hash(command_id)))
-    }
-
-    fn remember(&self, batch_id: &str, command_id: Option<&str>) {
-        let batch_id: Arc<str> = batch_id.into();
-        let mut known = self.known();
-        if known.by_batch.insert(Arc::clone(&batch_id), command_id.map(hash)).is_none() {
-            known.oldest.push_back(batch_id);
-        }
-        if known.oldest.len() > REMEMBERED
-            && let Some(oldest) = known.oldest.pop_front()
-        {
-            known.by_batch.remove(&oldest);
-        }
+        known.is_some_and(|marker| marker != hash(command_id))
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -226,8 +228,6 @@ mod tests {
         finder.note("b", "c-2");
         assert!(finder.is_anothers("b", "c-1"));
         assert!(!finder.is_anothers("b", "c-2"));
-        finder.remember("foreign", None);
-        assert!(finder.is_anothers("foreign", "c-1"));
         for n in 0..REMEMBERED {
             finder.note(&n.to_string(), "c");
         }

@@ -16,7 +16,7 @@ use crate::domain::command::{BatchId, Command, CommandKind, CommandMessage, Targ
 use crate::domain::result::{Ending, ErrorCode, Outcome, ResultEvent, ResultOf};
 use crate::elevenlabs::{Answer, Class, Client, Error, Finder, Lost, SubmitRequest};
 use crate::ledger::{Found, Ledger};
-use crate::retry::Policy;
+use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
 
 use submit::SubmitJob;
@@ -48,7 +48,8 @@ pub struct Stopping {
 pub enum Handled {
     /// It has a result, to be published before the command is acknowledged.
     Answered(Arc<ResultEvent>),
-    /// The worker is stopping and nothing of it is under way: back to its queue.
+    /// It has none, and nothing is lost by that: back to its queue. The worker is stopping, or the
+    /// ledger cannot be used.
     GivenBack,
 }
 
@@ -143,15 +144,17 @@ impl Handler {
                 return answered(&message, &command_id, ResultOf::Refusal, ending);
             }
         };
+        // One horizon, also for a wait before the first attempt.
+        let schedule = self.retry.start();
         match job {
             Job::Submit(submit) => self.submit(&message, &command_id, &submit, stopping).await,
             Job::Existing(kind, target) => match self.batch_of(kind, target, stopping).await {
                 Looked::Batch(id) => {
                     let attempts = match kind {
                         CommandKind::Cancel => {
-                            self.attempt(kind, stopping, || self.cancel(&id)).await
+                            self.attempt(kind, schedule, stopping, || self.cancel(&id)).await
                         }
-                        _ => self.attempt(kind, stopping, || self.vendor.get(&id)).await,
+                        _ => self.attempt(kind, schedule, stopping, || self.vendor.get(&id)).await,
                     };
                     finish(&message, &command_id, attempts)
                 }
@@ -241,13 +244,13 @@ impl Handler {
     async fn attempt<F>(
         &self,
         kind: CommandKind,
+        mut schedule: Schedule,
         stopping: &Stopping,
         call: impl Fn() -> F,
     ) -> Attempts
     where
         F: Future<Output = Result<Answer, Error>>,
     {
-        let mut schedule = self.retry.start();
         let mut attempts = 0;
         let mut in_doubt = false;
         loop {

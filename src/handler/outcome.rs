@@ -23,7 +23,10 @@ pub fn failure(error: &Error, attempts: u32) -> Outcome {
         ),
         Error::Refused { status: 404, message, .. } => (
             ErrorCode::NotFound,
-            format!("ElevenLabs does not know it: {message}. Check the ids in the command."),
+            format!(
+                "ElevenLabs does not know it: {message}. Check the ids in the command, and publish it \
+                 again with a new message_id."
+            ),
         ),
         Error::Refused { message, .. } => (
             ErrorCode::RejectedByElevenlabs,
@@ -67,8 +70,8 @@ pub fn submit_unknown(command_id: &str, call_name: &str, lost: &str, asked: &str
     Outcome::Failed {
         code: ErrorCode::OutcomeUnknown,
         error: format!(
-            "It is not known whether ElevenLabs created this batch: {lost}; and it could not be \
-             asked for its batches until RETRY_HORIZON was over: {asked}. Nothing was sent again. Look \
+            "It is not known whether ElevenLabs created this batch: {lost}; and ElevenLabs could \
+             not be asked for its batches until RETRY_HORIZON was over: {asked}. Nothing was sent again after that. Look \
              in ElevenLabs for a batch named \"{}\" whose recipients carry the dynamic variable \
              {COMMAND_ID_VARIABLE} = \"{}\"; only if there is none, publish the submit again with a \
              new message_id.",
@@ -87,8 +90,8 @@ pub fn struck(attempts: u32) -> Outcome {
     Outcome::Failed {
         code: ErrorCode::CancelledBeforeSubmit,
         error: format!(
-            "A cancel with this submit's message_id came before it was executed. {done}, and nobody \
-             is called. If it shall be executed after all, publish it again with a new message_id."
+            "A cancel that names this submit's message_id as its command_id came before it was \
+             executed. {done}, and nobody is called. If it shall be executed after all, publish it again with a new message_id."
         ),
     }
 }

@@ -68,7 +68,7 @@ enum Executed {
     Ended(Ending),
     /// It is another worker's now.
     TakenOver,
-    /// The worker is stopping, or has nowhere to record the end.
+    /// The worker is stopping, or the ledger cannot be used.
     LetGo,
 }
 
@@ -148,7 +148,7 @@ impl Execution<'_> {
     async fn run(mut self) -> Executed {
         let left = "the worker that had it in hand ended before it had recorded an answer";
         let mut doubt = self.in_doubt.then(|| left.to_owned());
-        let mut ledger_pace = RECORDING.start();
+        let mut ledger_pace = None;
         loop {
             if let Some(lost) = doubt.take() {
                 match self.reconcile(&lost).await {
@@ -162,7 +162,9 @@ impl Execution<'_> {
                     Reconciled::Stopped => return self.let_go().await,
                     // What another worker has tried is no reason to give up.
                     Reconciled::Absent if self.sent && self.schedule.remaining().is_zero() => {
-                        let outcome = unavailable(self.attempts, &lost);
+                        let reason =
+                            format!("{lost}, and its batch was looked for and is not there");
+                        let outcome = unavailable(self.attempts, &reason);
                         return self.settle(outcome).await;
                     }
                     Reconciled::Absent => self.in_doubt = false,
@@ -172,7 +174,7 @@ impl Execution<'_> {
                 return self.let_go().await;
             }
             match self.lease.before_request(self.attempts + 1).await {
-                Ok(Go::Ahead) => {}
+                Ok(Go::Ahead) => ledger_pace = None,
                 Ok(Go::Struck) => {
                     let outcome = struck(self.attempts);
                     return self.settle(outcome).await;
@@ -181,7 +183,8 @@ impl Execution<'_> {
                 Err(error) => {
                     let command_id = &self.job.lost.command_id;
                     let stop = &self.stopping.claimed;
-                    if wait_for_ledger(&mut ledger_pace, command_id, &error, stop).await {
+                    let pace = ledger_pace.get_or_insert_with(|| RECORDING.start());
+                    if wait_for_ledger(pace, command_id, &error, stop).await {
                         continue;
                     }
                     return self.let_go().await;
@@ -217,10 +220,7 @@ impl Execution<'_> {
                         return self.settle(outcome).await;
                     };
                     self.log_retry(&error, wait);
-                    tokio::select! {
-                        () = tokio::time::sleep(wait) => {}
-                        () = self.stopping.claimed.cancelled() => return self.let_go().await,
-                    }
+                    self.pause(wait).await;
                 }
             }
         }
@@ -238,6 +238,27 @@ impl Execution<'_> {
         );
     }
 
+    /// Waits, and keeps the submit meanwhile. Ends early where the next step has a reason not to
+    /// send: a stop, a cancel, a lost lease.
+    async fn pause(&mut self, wait: Duration) {
+        let over = Instant::now() + wait;
+        loop {
+            let left = over.saturating_duration_since(Instant::now());
+            let slice = left.min(self.lease.length() / 4);
+            tokio::select! {
+                () = tokio::time::sleep(slice) => {}
+                () = self.stopping.claimed.cancelled() => return,
+            }
+            if slice == left {
+                return;
+            }
+            let renewed = self.lease.renew(self.attempts).await;
+            if self.lease.is_struck() || matches!(renewed, Ok(None)) {
+                return;
+            }
+        }
+    }
+
     /// Looks for the batch until it is found, or the settling window has passed without it.
     async fn reconcile(&mut self, lost: &str) -> Reconciled {
         let command_id = &self.job.lost.command_id;
@@ -250,6 +271,7 @@ impl Execution<'_> {
         let mut settling: Option<Instant> = None;
         let mut looks = 0;
         loop {
+            let began = Instant::now();
             let age = match self.lease.renew(self.attempts).await {
                 Ok(Some(age)) => age,
                 Ok(None) => return Reconciled::TakenOver,
@@ -261,11 +283,11 @@ impl Execution<'_> {
                     return Reconciled::Stopped;
                 }
             };
-            let began = Instant::now();
-            let looking = self.handler.finder.look(&self.job.lost, age);
+            let looking = self.handler.finder.look(&self.job.lost, || age.now());
             let looked = tokio::select! {
                 biased;
                 looked = timeout(self.lease.length(), looking) => looked,
+                () = keep(&mut self.lease, self.attempts) => return Reconciled::TakenOver,
                 () = self.stopping.now.cancelled() => return Reconciled::Stopped,
             };
             let pause = match looked {
@@ -298,9 +320,9 @@ impl Execution<'_> {
                     pause
                 }
             };
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.stopping.claimed.cancelled() => return Reconciled::Stopped,
+            self.pause(pause).await;
+            if self.stopping.claimed.is_cancelled() {
+                return Reconciled::Stopped;
             }
         }
     }
@@ -347,6 +369,16 @@ impl Execution<'_> {
             warn!(command_id, error = chain(&error), "the lease has to run out by itself");
         }
         Executed::LetGo
+    }
+}
+
+/// Keeps the submit for as long as it is awaited; returns when another worker has taken it over.
+async fn keep(lease: &mut Lease, attempts: u32) {
+    loop {
+        tokio::time::sleep(lease.length() / 4).await;
+        if let Ok(None) = lease.renew(attempts).await {
+            return;
+        }
     }
 }
 

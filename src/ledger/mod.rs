@@ -78,20 +78,31 @@ pub enum OpenError {
     )]
     File { path: PathBuf, source: rusqlite::Error },
     #[error(
-        "LEDGER_URL is no PostgreSQL URL; example: postgres://user:password@host:5432/database, with \
-         special characters of the password percent-encoded"
+        "LEDGER_URL is no PostgreSQL URL, or has a parameter that is not known; example: \
+         postgres://user:password@host:5432/database?sslmode=require, with special characters of the \
+         password percent-encoded"
     )]
     Url,
-    #[error("the ledger in PostgreSQL cannot be opened; check LEDGER_URL and the server")]
+    #[error(
+        "the ledger {} is damaged, or no ledger; restore it, or empty the queues before you start \
+         with a new one, which does not know what was sent",
+        path.display()
+    )]
+    Damaged { path: PathBuf, source: rusqlite::Error },
+    #[error(
+        "the ledger in PostgreSQL cannot be opened; check LEDGER_URL, the server, and that its user \
+         may create tables"
+    )]
     Server { source: tokio_postgres::Error },
     #[error("the ledger in PostgreSQL cannot be reached; check LEDGER_URL and the server")]
     Pool { source: deadpool_postgres::PoolError },
     #[error("the connection pool to PostgreSQL cannot be set up")]
     Build { source: deadpool_postgres::BuildError },
-    #[error("TLS to PostgreSQL cannot be set up")]
+    #[error("TLS to PostgreSQL cannot be set up; check the CA certificates of this system")]
     Tls { source: rustls::Error },
     #[error(
-        "{place} was made by a newer version of call-manager; use that version, or a new ledger"
+        "{place} was made by a newer version of call-manager; use that version (a new ledger only when \
+         the queues are empty: it does not know what was sent)"
     )]
     Newer { place: String },
 }
@@ -328,9 +339,14 @@ impl Lease {
         self.holding.ledger.lease()
     }
 
+    /// Whether a cancel had come when it was claimed or renewed last.
+    pub fn is_struck(&self) -> bool {
+        self.struck
+    }
+
     /// Keeps it for another while, and tells since when a request may have left. `None` where
     /// another worker has taken it over.
-    pub async fn renew(&mut self, attempts: u32) -> Result<Option<Duration>, Unavailable> {
+    pub async fn renew(&mut self, attempts: u32) -> Result<Option<Age>, Unavailable> {
         let lease = self.holding.ledger.lease();
         let asked = Since::now();
         let op = Op::Renew { token: self.token, lease, attempts };
@@ -338,7 +354,8 @@ impl Lease {
             Reply::Yours { history, struck } => {
                 self.struck = struck;
                 self.since = asked;
-                Ok(history.map(|history| history.age))
+                let then = history.map(|history| history.age).unwrap_or_default();
+                Ok(Some(Age { then, since: asked }))
             }
             Reply::Gone => Ok(None),
             _ => Err(unexpected()),
@@ -377,6 +394,7 @@ impl Lease {
 
 /// A moment, by both clocks of this machine: one stands still while the machine is suspended, the
 /// other can be put back.
+#[derive(Clone, Copy, Debug)]
 struct Since(Instant, SystemTime);
 
 impl Since {
@@ -386,6 +404,20 @@ impl Since {
 
     fn elapsed(&self) -> Duration {
         self.0.elapsed().max(self.1.elapsed().unwrap_or_default())
+    }
+}
+
+/// How long ago a request may have left for the first time; it goes on growing.
+#[derive(Clone, Copy, Debug)]
+pub struct Age {
+    then: Duration,
+    since: Since,
+}
+
+impl Age {
+    /// By now.
+    pub fn now(&self) -> Duration {
+        self.then + self.since.elapsed()
     }
 }
 

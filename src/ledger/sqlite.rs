@@ -35,6 +35,9 @@ impl Sqlite {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
                 OpenError::InUse { path: PathBuf::from(path) }
             }
+            Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+                OpenError::Damaged { path: PathBuf::from(path), source }
+            }
             _ => OpenError::File { path: PathBuf::from(path), source },
         };
         // Without SQLITE_OPEN_URI: the name of a file is nothing but that.

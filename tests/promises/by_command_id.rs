@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use call_manager::config::LedgerPlace;
+use call_manager::config::{LedgerPlace, Settings};
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Reply, Route};
 use lapin::BasicProperties;
@@ -208,8 +208,10 @@ async fn a_get_waits_for_the_submit_in_hand_and_answers_its_batch() {
 
 #[tokio::test]
 async fn a_cancel_keeps_a_submit_that_waits_to_be_tried_again_from_being_sent() {
-    let mut world = World::start().await;
-    let limited = Effect::Status(Reply::new(429).retry_after("2"));
+    // A lease of two seconds: the submit is renewed, and the cancel seen, long before its wait is over.
+    let brief = |settings: &mut Settings| settings.elevenlabs_timeout = Duration::from_secs(1);
+    let mut world = World::with(brief).await;
+    let limited = Effect::Status(Reply::new(429).retry_after("50"));
     world.sandbox.order(Fault::on(Route::Submit, limited).until_cleared());
     submit(&world, "m").await;
     until("it was turned away", async || {

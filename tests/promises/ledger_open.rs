@@ -291,7 +291,8 @@ async fn a_file_of_a_newer_version_is_left_alone() {
     };
     version(99);
     let expected = format!(
-        "{} was made by a newer version of call-manager; use that version, or a new ledger",
+        "{} was made by a newer version of call-manager; use that version (a new ledger only when \
+         the queues are empty: it does not know what was sent)",
         path.display()
     );
     assert_eq!(refusal(&place).await.to_string(), expected);
@@ -307,8 +308,8 @@ async fn a_database_of_a_newer_version_is_left_alone() {
     database.run("INSERT INTO call_manager_migrations VALUES (2)").await;
     assert_eq!(
         refusal(&place).await.to_string(),
-        "the PostgreSQL database was made by a newer version of call-manager; use that version, or \
-         a new ledger"
+        "the PostgreSQL database was made by a newer version of call-manager; use that version (a \
+         new ledger only when the queues are empty: it does not know what was sent)"
     );
     database.run("DELETE FROM call_manager_migrations WHERE number = 2").await;
     place.open().await.close(LIMIT).await;
@@ -349,19 +350,19 @@ async fn a_file_that_cannot_be_is_refused_with_its_path() {
     let folder = tempfile::tempdir().unwrap();
     let text = folder.path().join("text");
     std::fs::write(&text, "Not a ledger at all. ".repeat(100)).unwrap();
-    let open = async |path: &Path| {
+    let open = async |path: &Path, expected: &str| {
         let location = Location::Sqlite(path.to_owned());
         let error = Ledger::open(Settings { location, ..Place::Memory.settings() }).await.err();
-        let expected = format!(
-            "the ledger {} cannot be opened; set LEDGER_URL=sqlite:PATH to a file in a directory \
-             that exists and that the worker may write to",
-            path.display()
-        );
+        let expected = format!("the ledger {} {expected}", path.display());
         assert_eq!(error.expect("it does not open").to_string(), expected);
     };
-    open(&folder.path().join("missing/ledger.db")).await;
-    open(folder.path()).await;
-    open(&text).await;
+    let nowhere = "cannot be opened; set LEDGER_URL=sqlite:PATH to a file in a directory that exists \
+                   and that the worker may write to";
+    open(&folder.path().join("missing/ledger.db"), nowhere).await;
+    open(folder.path(), nowhere).await;
+    let damaged = "is damaged, or no ledger; restore it, or empty the queues before you start with a \
+                   new one, which does not know what was sent";
+    open(&text, damaged).await;
     assert!(std::fs::read_to_string(&text).unwrap().starts_with("Not a ledger at all."));
 }
 
