@@ -312,3 +312,33 @@ async fn an_adopted_batch_of_another_provider_carries_the_warning_too() {
     assert_eq!(adopted.header("warning"), told.header("warning"), "as one that was answered");
     world.finish().await;
 }
+
+#[tokio::test]
+async fn an_empty_page_that_says_there_is_more_is_not_the_end_of_the_list() {
+    let mut world = World::with(short).await;
+    lose_next(&world, true);
+    let page = json!({"batch_calls": [], "next_doc": "further-on", "has_more": true});
+    let empty = Effect::Status(Reply::new(200).json(page));
+    world.sandbox.order(Fault::on(Route::List, empty).until_cleared());
+    submit(&world, "m-1").await;
+    assert_eq!(world.next_result().await.code(), "500 outcome_unknown");
+    assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (1, 1));
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_batch_whose_recipients_show_no_marker_yet_is_looked_at_again() {
+    let mut world = World::start().await;
+    lose_next(&world, true);
+    away(&world, Route::List, 503);
+    submit(&world, "m-1").await;
+    until("the batch is there", async || world.sandbox.batches().len() == 1).await;
+    let id = &world.sandbox.batches()[0].id;
+    world.sandbox.clear_faults();
+    let bare = json!({"id": id, "recipients": [{"id": "r-1"}, {"id": "r-2"}]});
+    world.sandbox.order(Fault::on(Route::Get, Effect::Status(Reply::new(200).json(bare))));
+    let result = world.next_result().await;
+    assert_adopted(&world, &result);
+    assert!(world.requests(Route::Get) >= 2, "it was read once more");
+    world.finish().await;
+}
