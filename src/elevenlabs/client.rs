@@ -47,6 +47,23 @@ pub struct Answer {
     pub phone_provider: Option<String>,
 }
 
+impl Answer {
+    /// A batch as it stands in an answer, or in the list. The error says what is wrong with it.
+    pub(super) fn read(data: Box<RawValue>) -> Result<Self, String> {
+        let batch: Batch = serde_json::from_str(data.get())
+            .map_err(|_| "it is not a batch with an id".to_owned())?;
+        if batch.id.is_empty() {
+            return Err("its batch id is empty".to_owned());
+        }
+        Ok(Self {
+            data,
+            batch_id: batch.id,
+            status: batch.status,
+            phone_provider: batch.phone_provider,
+        })
+    }
+}
+
 /// Why there is no client.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
@@ -191,20 +208,11 @@ async fn read(response: &mut reqwest::Response) -> Result<Vec<u8>, String> {
 fn answer(body: Vec<u8>, asked_for: Option<&BatchId>) -> Result<Answer, String> {
     let text = String::from_utf8(body).map_err(|_| "it is not UTF-8".to_owned())?;
     let data = RawValue::from_string(text).map_err(|_| "it is not JSON".to_owned())?;
-    let batch: Batch =
-        serde_json::from_str(data.get()).map_err(|_| "it is not a batch with an id".to_owned())?;
-    if batch.id.is_empty() {
-        return Err("its batch id is empty".to_owned());
-    }
-    if asked_for.is_some_and(|asked| asked.as_str() != batch.id) {
+    let answer = Answer::read(data)?;
+    if asked_for.is_some_and(|asked| asked.as_str() != answer.batch_id) {
         return Err("it is about another batch than the one asked for".to_owned());
     }
-    Ok(Answer {
-        data,
-        batch_id: batch.id,
-        status: batch.status,
-        phone_provider: batch.phone_provider,
-    })
+    Ok(answer)
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{DATE, HeaderMap};
-use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
@@ -14,7 +13,7 @@ use crate::domain::command::BatchId;
 
 use super::client::{Answer, Client};
 use super::error::Error;
-use super::wire::{Batch, Listed, Marked, Page};
+use super::wire::{Listed, Marked, Page};
 
 /// How far the list is read back beyond the first attempt: for the vendor's clock, whose machines
 /// need not agree to the second.
@@ -113,7 +112,9 @@ impl Finder {
                 }
                 match self.is_it(lost, &listed).await {
                     Ok(true) => {
-                        return adopted(raw).map(Some).ok_or_else(|| unreadable("it is no batch"));
+                        // The list says of a batch what a submit answers.
+                        let adopted = Answer::read((*raw).to_owned());
+                        return adopted.map(Some).map_err(|reason| unreadable(&reason));
                     }
                     Ok(false) => {}
                     Err(error) => inconclusive = Some(error),
@@ -180,17 +181,6 @@ fn hash(command_id: &str) -> u64 {
 
 fn unreadable(reason: &str) -> Error {
     Error::Unreadable { status: 200, reason: reason.to_owned(), request_id: None }
-}
-
-/// The list says of a batch what a submit answers.
-fn adopted(raw: &RawValue) -> Option<Answer> {
-    let batch: Batch = serde_json::from_str(raw.get()).ok()?;
-    Some(Answer {
-        data: raw.to_owned(),
-        batch_id: batch.id,
-        status: batch.status,
-        phone_provider: batch.phone_provider,
-    })
 }
 
 /// The second, by the vendor's clock, from which on the batch can have been created.

@@ -147,7 +147,9 @@ impl Handler {
         // One horizon, also for a wait before the first attempt.
         let schedule = self.retry.start();
         match job {
-            Job::Submit(submit) => self.submit(&message, &command_id, &submit, stopping).await,
+            Job::Submit(submit) => {
+                self.submit(&message, &command_id, &submit, schedule, stopping).await
+            }
             Job::Existing(kind, target) => match self.batch_of(kind, target, stopping).await {
                 Looked::Batch(id) => {
                     let attempts = match kind {

@@ -89,9 +89,9 @@ impl Handler {
         message: &CommandMessage,
         command_id: &str,
         job: &SubmitJob,
+        schedule: Schedule,
         stopping: &Stopping,
     ) -> Handled {
-        let schedule = self.retry.start();
         let mut pace = CLAIMING.start();
         loop {
             crash::point(1);

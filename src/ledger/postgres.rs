@@ -280,11 +280,7 @@ struct Columns {
 
 impl Columns {
     fn push(&mut self, id: Arc<str>, row: Row) {
-        let (hold, settled) = match row.state {
-            State::Waiting => (None, None),
-            State::InHand(hold) => (Some(hold), None),
-            State::Settled { at, ending } => (None, Some((at, ending))),
-        };
+        let (hold, settled) = row.state.into_parts();
         let hold = hold.as_ref();
         self.command_id.push(id);
         self.fingerprint.push(row.fingerprint);

@@ -38,6 +38,17 @@ pub enum State {
     },
 }
 
+impl State {
+    /// What a store keeps in columns of its own: the hold, or when and how it ended.
+    pub fn into_parts(self) -> (Option<Hold>, Option<(Millis, Arc<str>)>) {
+        match self {
+            Self::Waiting => (None, None),
+            Self::InHand(hold) => (Some(hold), None),
+            Self::Settled { at, ending } => (None, Some((at, ending))),
+        }
+    }
+}
+
 /// A worker's hold on a submit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hold {

@@ -45,38 +45,35 @@ impl Sqlite {
             | OpenFlags::SQLITE_OPEN_CREATE
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let mut connection = Connection::open_with_flags(path, flags).map_err(failed)?;
-        prepare(&mut connection, path).map_err(|error| match error {
-            OpenError::File { source, .. } => failed(source),
-            other => other,
-        })?;
+        let had = prepare(&mut connection).map_err(failed)?;
+        if usize::try_from(had).is_ok_and(|had| had > MIGRATIONS.len()) {
+            return Err(OpenError::Newer { place: path.display().to_string() });
+        }
         let worker = owner(&mut connection).map_err(failed)?;
         Ok(Self { worker, connection })
     }
 }
 
-fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
-    let failed = |source| OpenError::File { path: PathBuf::from(path), source };
-    connection.busy_timeout(BUSY).map_err(failed)?;
+/// Returns how many migrations the file had had before; of a newer version, more than are known.
+fn prepare(connection: &mut Connection) -> rusqlite::Result<i64> {
+    connection.busy_timeout(BUSY)?;
     // Before anything is read: two workers with one file would each think the other's work its own.
-    connection.pragma_update(None, "locking_mode", "EXCLUSIVE").map_err(failed)?;
-    connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
+    connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
     // Each commit reaches the disk before it returns; in WAL mode NORMAL would not.
-    connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
     // SQLite's own version of fsync on macOS; without effect elsewhere.
-    connection.pragma_update(None, "fullfsync", true).map_err(failed)?;
-    let transaction = exclusive(connection).map_err(failed)?;
-    let done: i64 =
-        transaction.query_row("PRAGMA user_version", (), |row| row.get(0)).map_err(failed)?;
+    connection.pragma_update(None, "fullfsync", true)?;
+    let transaction = exclusive(connection)?;
+    let done: i64 = transaction.query_row("PRAGMA user_version", (), |row| row.get(0))?;
     for (number, migration) in (1..).zip(MIGRATIONS) {
         if number > done {
-            transaction.execute_batch(migration).map_err(failed)?;
-            transaction.pragma_update(None, "user_version", number).map_err(failed)?;
+            transaction.execute_batch(migration)?;
+            transaction.pragma_update(None, "user_version", number)?;
         }
     }
-    if usize::try_from(done).is_ok_and(|done| done > MIGRATIONS.len()) {
-        return Err(OpenError::Newer { place: path.display().to_string() });
-    }
-    transaction.commit().map_err(failed)
+    transaction.commit()?;
+    Ok(done)
 }
 
 /// Who the file belongs to, for ever.
@@ -130,11 +127,7 @@ impl Store for Sqlite {
                     delete.execute([&*id])?;
                     continue;
                 };
-                let (hold, settled) = match row.state {
-                    State::Waiting => (None, None),
-                    State::InHand(hold) => (Some(hold), None),
-                    State::Settled { at, ending } => (None, Some((at, ending))),
-                };
+                let (hold, settled) = row.state.into_parts();
                 let hold = hold.as_ref();
                 write.execute(params![
                     &*id,

@@ -29,6 +29,13 @@ async fn submit(world: &World, id: &str) {
     world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id(id)).await;
 }
 
+/// Submits, and the answer is lost while nobody can look for the batch, until the faults are cleared.
+async fn submit_and_lose(world: &World, id: &str) {
+    lose_next(world, true);
+    away(world, Route::List, 503);
+    submit(world, id).await;
+}
+
 /// The submit was sent once, and the result names the one batch that carries its marker.
 #[track_caller]
 fn assert_adopted(world: &World, result: &Received) {
@@ -199,9 +206,7 @@ async fn others_submit(world: &World, name: &str, count: usize) {
 #[tokio::test]
 async fn a_lost_batch_is_found_behind_hundreds_of_newer_ones() {
     let mut world = World::start().await;
-    lose_next(&world, true);
-    away(&world, Route::List, 503);
-    submit(&world, "m").await;
+    submit_and_lose(&world, "m").await;
     until("it is looked for", async || world.requests(Route::List) > 0).await;
     others_submit(&world, "Another campaign", 320).await;
     // Of the same name, so that only their recipients tell them apart.
@@ -219,9 +224,7 @@ async fn a_lost_batch_is_found_behind_hundreds_of_newer_ones() {
 #[tokio::test]
 async fn a_page_that_fails_in_the_middle_of_the_list_is_not_its_end() {
     let mut world = World::start().await;
-    lose_next(&world, true);
-    away(&world, Route::List, 503);
-    submit(&world, "m").await;
+    submit_and_lose(&world, "m").await;
     until("it is looked for", async || world.requests(Route::List) > 0).await;
     // The lost one lies on the second page from now on, and that page alone fails.
     others_submit(&world, "Another campaign", 120).await;
@@ -269,9 +272,7 @@ async fn a_candidate_that_stays_unreadable_leaves_the_outcome_unknown() {
 #[tokio::test]
 async fn a_worker_that_is_killed_while_it_looks_leaves_the_batch_to_the_next_one() {
     let mut world = World::without_worker().await;
-    lose_next(&world, true);
-    away(&world, Route::List, 503);
-    submit(&world, "m").await;
+    submit_and_lose(&world, "m").await;
     let worker = Process::start(&world, &world.ledger_url(), &[]);
     until("it looks", async || world.requests(Route::List) > 0).await;
     worker.kill().await;
@@ -286,9 +287,7 @@ async fn a_worker_that_is_killed_while_it_looks_leaves_the_batch_to_the_next_one
 #[tokio::test]
 async fn a_worker_that_is_stopped_while_it_looks_leaves_the_batch_to_the_next_one() {
     let mut world = World::start().await;
-    lose_next(&world, true);
-    away(&world, Route::List, 503);
-    submit(&world, "m").await;
+    submit_and_lose(&world, "m").await;
     until("it looks", async || world.requests(Route::List) > 0).await;
     world.stop_worker().await;
     world.sandbox.clear_faults();
@@ -329,9 +328,7 @@ async fn an_empty_page_that_says_there_is_more_is_not_the_end_of_the_list() {
 #[tokio::test]
 async fn a_batch_whose_recipients_show_no_marker_yet_is_looked_at_again() {
     let mut world = World::start().await;
-    lose_next(&world, true);
-    away(&world, Route::List, 503);
-    submit(&world, "m-1").await;
+    submit_and_lose(&world, "m-1").await;
     until("the batch is there", async || world.sandbox.batches().len() == 1).await;
     let id = &world.sandbox.batches()[0].id;
     world.sandbox.clear_faults();
