@@ -14,3 +14,17 @@ pub fn point(number: u8) {
 /// Nothing.
 #[cfg(not(feature = "crash-points"))]
 pub const fn point(_number: u8) {}
+
+/// Dies the same way where the environment says `CRASH_ON=<this message_id>`.
+#[cfg(feature = "crash-points")]
+pub fn on(message_id: Option<&str>) {
+    use rustix::process::{Signal, getpid, kill_process};
+
+    if std::env::var("CRASH_ON").ok().as_deref().is_some_and(|id| Some(id) == message_id) {
+        kill_process(getpid(), Signal::KILL).ok();
+    }
+}
+
+/// Nothing.
+#[cfg(not(feature = "crash-points"))]
+pub const fn on(_message_id: Option<&str>) {}

@@ -1,4 +1,7 @@
-//! Liveness and readiness over HTTP.
+//! Liveness and readiness over HTTP: what is wrong, part by part.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -6,34 +9,66 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde::Serialize;
-use serde_json::json;
-use tokio::sync::watch;
 
-/// Whether the worker is consuming, and if not, why. Cheap to clone; all clones see the same.
+/// What has to be right for commands to be taken and answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// The process is not stopping.
+    Worker,
+    /// Connected, and each queue has its consumer.
+    Broker,
+    /// Results are taken and confirmed: no memory or disk alarm.
+    Publisher,
+    /// It can be written.
+    Ledger,
+    /// The vendor answers, and takes the key.
+    Elevenlabs,
+}
+
+impl Part {
+    /// Each of them.
+    pub const ALL: [Self; 5] =
+        [Self::Worker, Self::Broker, Self::Publisher, Self::Ledger, Self::Elevenlabs];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Worker => "worker",
+            Self::Broker => "broker",
+            Self::Publisher => "publisher",
+            Self::Ledger => "ledger",
+            Self::Elevenlabs => "elevenlabs",
+        }
+    }
+}
+
+/// What is wrong, if anything. Cheap to clone; all clones see the same.
 #[derive(Clone, Debug)]
 pub struct Readiness {
-    missing: watch::Sender<Option<String>>,
+    wrong: Arc<Mutex<BTreeMap<Part, String>>>,
 }
 
 impl Default for Readiness {
     fn default() -> Self {
-        Self { missing: watch::Sender::new(Some("broker: not connected yet".to_owned())) }
+        let begin = BTreeMap::from([(Part::Broker, "not connected yet".to_owned())]);
+        Self { wrong: Arc::new(Mutex::new(begin)) }
     }
 }
 
 impl Readiness {
-    /// Every consumer is registered.
-    pub fn consuming(&self) {
-        self.missing.send_replace(None);
+    /// It works.
+    pub fn good(&self, part: Part) {
+        self.parts().remove(&part);
     }
 
-    /// Nothing is consumed, for this reason.
-    pub fn lost(&self, reason: impl Into<String>) {
-        self.missing.send_replace(Some(reason.into()));
+    /// It does not, for this reason.
+    pub fn wrong(&self, part: Part, reason: impl Into<String>) {
+        self.parts().insert(part, reason.into());
     }
 
-    fn missing(&self) -> Option<String> {
-        self.missing.borrow().clone()
+    fn parts(&self) -> MutexGuard<'_, BTreeMap<Part, String>> {
+        // Each change is one step, so a panic elsewhere leaves none half-done.
+        self.wrong.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -59,12 +94,26 @@ async fn alive() -> Response {
     Json(Alive { status: "ok", timestamp, service: "call-manager" }).into_response()
 }
 
+#[derive(Serialize)]
+struct Ready {
+    status: &'static str,
+    /// `part: reason`, for a person.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    missing: Vec<String>,
+    /// `ok`, or the reason.
+    parts: BTreeMap<Part, String>,
+}
+
 async fn ready(State(readiness): State<Readiness>) -> Response {
-    match readiness.missing() {
-        None => Json(json!({"status": "ready"})).into_response(),
-        Some(reason) => {
-            let body = Json(json!({"status": "not_ready", "missing": [reason]}));
-            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
-        }
-    }
+    let wrong = readiness.parts().clone();
+    let missing: Vec<_> =
+        wrong.iter().map(|(part, reason)| format!("{}: {reason}", part.name())).collect();
+    let mut parts = BTreeMap::from(Part::ALL.map(|part| (part, "ok".to_owned())));
+    parts.extend(wrong);
+    let (code, status) = if missing.is_empty() {
+        (StatusCode::OK, "ready")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not_ready")
+    };
+    (code, Json(Ready { status, missing, parts })).into_response()
 }

@@ -13,7 +13,8 @@ pub struct Policy {
     pub initial: Duration,
     /// The longest wait that is not asked for by `Retry-After`.
     pub max: Duration,
-    /// No wait ends later than this after the first attempt; `None` retries for ever.
+    /// No wait ends later than this after the first attempt, where the last one is; `None` retries
+    /// for ever.
     pub horizon: Option<Duration>,
 }
 
@@ -24,6 +25,11 @@ pub const VENDOR: Policy =
 impl Policy {
     /// Starts the clock of one command (or of one connection).
     pub fn start(self) -> Schedule {
+        self.start_aged(Duration::ZERO)
+    }
+
+    /// The same, of a command that is retried since `age`.
+    pub fn start_aged(self, age: Duration) -> Schedule {
         Schedule {
             pace: ExponentialBackoff {
                 current_interval: self.initial,
@@ -36,6 +42,7 @@ impl Policy {
                 ..ExponentialBackoff::default()
             },
             policy: self,
+            before: age,
             started: Instant::now(),
         }
     }
@@ -46,30 +53,36 @@ impl Policy {
 pub struct Schedule {
     pace: ExponentialBackoff,
     policy: Policy,
+    /// How old it was when it was started.
+    before: Duration,
     started: Instant,
 }
 
 impl Schedule {
-    /// How long to wait before the next attempt, at least `retry_after`; `None` where that would
-    /// end past the horizon.
+    /// How long to wait before the next attempt, at least `retry_after`. The last one is at the
+    /// horizon; `None` past it, and where `retry_after` ends past it.
     pub fn next_wait(&mut self, retry_after: Option<Duration>) -> Option<Duration> {
-        self.wait_at(self.started.elapsed(), retry_after)
+        self.wait_at(self.age(), retry_after)
     }
 
-    /// How much is left of the horizon; without one, for ever.
-    pub fn remaining(&self) -> Duration {
-        let elapsed = self.started.elapsed();
-        self.policy.horizon.map_or(Duration::MAX, |horizon| horizon.saturating_sub(elapsed))
+    /// How long it has been retried.
+    pub fn age(&self) -> Duration {
+        self.before.saturating_add(self.started.elapsed())
     }
 
-    fn wait_at(&mut self, elapsed: Duration, retry_after: Option<Duration>) -> Option<Duration> {
+    /// How much is left of the horizon and `more`; without a horizon, for ever.
+    pub fn remaining(&self, more: Duration) -> Duration {
+        let horizon = self.policy.horizon;
+        horizon.map_or(Duration::MAX, |horizon| (horizon + more).saturating_sub(self.age()))
+    }
+
+    fn wait_at(&mut self, age: Duration, retry_after: Option<Duration>) -> Option<Duration> {
         // The crate adds its jitter after the cap.
         let pace = self.pace.next_backoff()?.min(self.policy.max);
-        let wait = pace.max(retry_after.unwrap_or_default());
-        match self.policy.horizon {
-            Some(horizon) if elapsed.saturating_add(wait) > horizon => None,
-            _ => Some(wait),
-        }
+        let asked = retry_after.unwrap_or_default();
+        let Some(horizon) = self.policy.horizon else { return Some(pace.max(asked)) };
+        let left = horizon.saturating_sub(age);
+        (!left.is_zero() && asked <= left).then(|| pace.min(left).max(asked))
     }
 }
 
@@ -100,6 +113,17 @@ mod tests {
         assert_eq!(schedule.wait_at(Duration::ZERO, Some(asked)), Some(asked));
         assert_eq!(schedule.wait_at(Duration::from_secs(19), Some(asked)), None);
         assert_eq!(schedule.wait_at(Duration::ZERO, Some(Duration::MAX)), None);
+    }
+
+    #[test]
+    fn the_last_attempt_is_at_the_horizon() {
+        let mut schedule = POLICY.start();
+        let last = Duration::from_millis(100);
+        assert_eq!(schedule.wait_at(Duration::from_millis(59_900), None), Some(last));
+        assert_eq!(schedule.wait_at(Duration::from_secs(60), None), None);
+        let aged = POLICY.start_aged(Duration::from_secs(59));
+        assert!(aged.remaining(Duration::ZERO) <= Duration::from_secs(1));
+        assert!(aged.remaining(Duration::from_secs(5)) > Duration::from_secs(5));
     }
 
     #[test]

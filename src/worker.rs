@@ -1,4 +1,8 @@
-//! Receives commands, bounds how many are in hand, publishes each result, settles, drains.
+//! The supervisor: builds connections and consumers again whenever they are lost, receives commands,
+//! bounds how many are in hand, drains.
+
+mod intake;
+mod settle;
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -7,33 +11,36 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use futures_util::future::join_all;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use crate::broker::{
-    self, Delivery, Generation, Lane, PublishError, Publisher, Publishing, PublishingEvents,
+    self, Generation, Lane, PULSE, Publisher, Publishing, PublishingEvents, Pulse,
 };
-use crate::crash;
 use crate::domain::command::CommandKind;
-use crate::domain::result::{ErrorCode, ResultEvent};
-use crate::handler::{Handled, Handler, Stopping};
-use crate::health::Readiness;
+use crate::handler::{Handler, Stopping};
+use crate::health::{Part, Readiness};
 use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
+
+use intake::Intake;
+use settle::settle;
 
 /// How fast to connect again; there is no limit on attempts.
 const RECONNECT: Policy =
     Policy { initial: Duration::from_millis(250), max: Duration::from_secs(5), horizon: None };
 
-/// How fast to publish again what a full queue refused.
-const REPUBLISH: Policy =
-    Policy { initial: Duration::from_millis(100), max: Duration::from_secs(5), horizon: None };
-
 /// A generation that held so long was a good one: the next reconnect starts at the shortest wait.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
+
+/// When the vendor is back, everything else waits so long at most for the cancels.
+const CANCELS_FIRST: Duration = Duration::from_secs(5);
+
+/// Between two looks whether the cancels are through.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How long the commands that were cut off may take to publish what they have to say.
 const CUT_OFF_LIMIT: Duration = Duration::from_secs(5);
@@ -53,6 +60,9 @@ struct Shared {
     /// Prefetch bounds what one generation receives; these bound what all of them execute. One
     /// per queue, so that a cancel never waits behind submits.
     permits: [Arc<Semaphore>; CommandKind::ALL.len()],
+    /// Shared by the commands that came back often: the oftener, the fewer at a time.
+    suspects: Arc<Semaphore>,
+    prefetch: usize,
     /// Cancelled when the grace period is over.
     now: CancellationToken,
 }
@@ -83,6 +93,8 @@ impl Worker {
                 readiness,
                 in_hand: TaskTracker::new(),
                 permits: CommandKind::ALL.map(|_| Arc::new(Semaphore::new(permits))),
+                suspects: settle::suspects(),
+                prefetch: permits,
                 now: CancellationToken::new(),
             }),
             grace,
@@ -92,6 +104,16 @@ impl Worker {
     /// Works until `stop` is cancelled and what is in hand is settled. An error is one that only a
     /// person can mend, and comes only before the first connection has worked.
     pub async fn run(self, stop: CancellationToken) -> Result<(), broker::Error> {
+        let beside =
+            async { tokio::join!(self.shared.handler.probe(), self.report(self.shared.intake())) };
+        tokio::select! {
+            ended = self.consume(stop) => ended,
+            // Neither ends before the handler does.
+            _ = beside => Ok(()),
+        }
+    }
+
+    async fn consume(&self, stop: CancellationToken) -> Result<(), broker::Error> {
         let readiness = &self.shared.readiness;
         let mut pace = RECONNECT.start();
         let mut worked_once = false;
@@ -105,12 +127,13 @@ impl Worker {
                     worked_once = true;
                     let since = Instant::now();
                     info!(prefetch = self.broker.prefetch, "consuming");
-                    readiness.consuming();
+                    readiness.good(Part::Broker);
+                    readiness.good(Part::Publisher);
                     let Some(reason) = self.serve(generation, &stop).await else {
                         return Ok(());
                     };
                     warn!(reason, "the broker is lost; connecting again");
-                    readiness.lost(format!("broker: {reason}"));
+                    readiness.wrong(Part::Broker, reason);
                     if since.elapsed() >= STABLE_AFTER {
                         pace = RECONNECT.start();
                     }
@@ -118,7 +141,7 @@ impl Worker {
                 Err(error) if !worked_once && error.needs_a_person() => return Err(error),
                 Err(error) => {
                     error!(error = chain(&error), "no connection to the broker; trying again");
-                    readiness.lost(format!("broker: {}", chain(&error)));
+                    readiness.wrong(Part::Broker, chain(&error));
                 }
             }
             wait(&mut pace, &stop).await;
@@ -142,12 +165,12 @@ impl Worker {
             lost: lost.clone(),
         };
         let reasons = {
-            let (lanes, mut events) = generation.parts();
+            let (lanes, mut events, pulse) = generation.parts();
             let lanes = lanes.iter_mut().map(|lane| self.receive(lane, &link));
             let mut receiving = pin!(join_all(lanes));
             tokio::select! {
                 reasons = &mut receiving => reasons,
-                reason = self.watch(&mut events) => {
+                reason = self.supervise(&mut events, pulse) => {
                     lost.cancel();
                     receiving.await;
                     vec![Some(reason)]
@@ -168,6 +191,73 @@ impl Worker {
         Some(reason.unwrap_or_else(|| "a result could not be published or settled".to_owned()))
     }
 
+    /// Watches over one generation until it is lost; returns why.
+    async fn supervise(&self, events: &mut PublishingEvents<'_>, pulse: &Pulse) -> String {
+        tokio::select! {
+            reason = self.watch(events) => reason,
+            reason = self.ask(pulse) => reason,
+            reason = self.let_cancels_through(pulse) => reason,
+        }
+    }
+
+    /// Asks now and then, since nothing tells of a consumer that is not there any more, and not
+    /// always of a connection.
+    async fn ask(&self, pulse: &Pulse) -> String {
+        let intake = self.shared.intake();
+        let mut unconsumed = Vec::new();
+        loop {
+            tokio::time::sleep(PULSE).await;
+            match pulse.check(|kind| intake.takes(kind)).await {
+                Ok(found) => {
+                    // Once may be a moment between resting and resuming.
+                    if let Some(name) = found.iter().find(|name| unconsumed.contains(*name)) {
+                        return format!("the queue {name} has no consumer any more");
+                    }
+                    unconsumed = found;
+                }
+                Err(reason) => return reason,
+            }
+        }
+    }
+
+    /// When the vendor is back: closes the breaker once the cancels that waited are through.
+    async fn let_cancels_through(&self, pulse: &Pulse) -> String {
+        let kind = CommandKind::Cancel;
+        let mut intake = self.shared.intake();
+        loop {
+            intake.half_open().await;
+            let since = Instant::now();
+            let mut idle = 0;
+            while idle < 2 && since.elapsed() < CANCELS_FIRST {
+                let in_hand =
+                    self.shared.prefetch - self.shared.permits[kind as usize].available_permits();
+                match pulse.ready(kind).await {
+                    Ok(0) if in_hand == 0 => idle += 1,
+                    Ok(_) => idle = 0,
+                    Err(reason) => return reason,
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            self.shared.handler.breaker().close();
+        }
+    }
+
+    /// Tells whoever asks why nothing is taken.
+    async fn report(&self, mut intake: Intake) {
+        let readiness = &self.shared.readiness;
+        loop {
+            match intake.vendor() {
+                None => readiness.good(Part::Elevenlabs),
+                Some(reason) => readiness.wrong(Part::Elevenlabs, reason),
+            }
+            match intake.ledger() {
+                None => readiness.good(Part::Ledger),
+                Some(reason) => readiness.wrong(Part::Ledger, reason),
+            }
+            intake.changed().await;
+        }
+    }
+
     /// Follows the publishing connection until it is lost; returns why. During an alarm, what is in
     /// hand waits for its confirm.
     async fn watch(&self, events: &mut PublishingEvents<'_>) -> String {
@@ -175,11 +265,12 @@ impl Worker {
             match events.next().await {
                 Publishing::Blocked(reason) => {
                     warn!(reason, "the broker takes no messages (memory or disk alarm); waiting");
-                    self.shared.readiness.lost(format!("broker: takes no messages: {reason}"));
+                    let reason = format!("the broker takes no messages: {reason}");
+                    self.shared.readiness.wrong(Part::Publisher, reason);
                 }
                 Publishing::Unblocked => {
                     info!("the broker takes messages again");
-                    self.shared.readiness.consuming();
+                    self.shared.readiness.good(Part::Publisher);
                 }
                 Publishing::Lost(reason) => return reason,
             }
@@ -189,14 +280,27 @@ impl Worker {
     /// Takes deliveries from one queue until the worker stops (`None`) or the generation is lost.
     async fn receive(&self, lane: &mut Lane, link: &Link) -> Option<String> {
         let permits = &self.shared.permits[lane.kind as usize];
+        let mut intake = self.shared.intake();
         loop {
+            if intake.takes(lane.kind) && lane.is_resting() {
+                info!(command = lane.kind.name(), "takes commands again");
+                if let Err(reason) = lane.resume().await {
+                    link.lost.cancel();
+                    return Some(reason);
+                }
+            } else if !intake.takes(lane.kind) && !lane.is_resting() {
+                warn!(command = lane.kind.name(), "takes no commands; they wait in their queue");
+                lane.rest().await;
+            }
             let permit = tokio::select! {
                 permit = Arc::clone(permits).acquire_owned() => permit,
+                () = intake.changed() => continue,
                 () = link.stopping.soon.cancelled() => break,
                 () = link.lost.cancelled() => return None,
             };
             let delivery = tokio::select! {
                 delivery = lane.next() => delivery,
+                () = intake.changed() => continue,
                 () = link.stopping.soon.cancelled() => break,
                 () = link.lost.cancelled() => return None,
             };
@@ -220,7 +324,7 @@ impl Worker {
                 (_, Err(_closed)) => break,
             }
         }
-        self.shared.readiness.lost("worker: stopping");
+        self.shared.readiness.wrong(Part::Worker, "stopping");
         lane.stop().await;
         None
     }
@@ -228,7 +332,7 @@ impl Worker {
     /// Waits for what is in hand as long as the grace period allows, then cuts it off.
     async fn drain(&self) {
         let in_hand = &self.shared.in_hand;
-        self.shared.readiness.lost("worker: stopping");
+        self.shared.readiness.wrong(Part::Worker, "stopping");
         in_hand.close();
         if in_hand.is_empty() {
             return;
@@ -245,87 +349,9 @@ impl Worker {
     }
 }
 
-/// One command from delivery to ack. The order is the promise: the result is confirmed before the
-/// command is acknowledged, so a crash in between repeats a result and loses none.
-async fn settle(
-    shared: Arc<Shared>,
-    delivery: Delivery,
-    link: Link,
-    _permit: OwnedSemaphorePermit,
-) {
-    let started = Instant::now();
-    let message = &delivery.message;
-    let event = match shared.handler.handle(Arc::clone(message), &link.stopping).await {
-        Handled::Answered(event) => event,
-        Handled::GivenBack => return delivery.give_back().await,
-    };
-    crash::point(6);
-    let event = match publish(&link, event).await {
-        Ok(event) => event,
-        Err(error) => {
-            warn!(
-                message_id = message.producer_id(),
-                error = chain(&error),
-                "will be delivered again"
-            );
-            link.lost.cancel();
-            return;
-        }
-    };
-    crash::point(8);
-    if let Some(queue) = &message.reply_to {
-        // The result is safe: a reply that hangs must not cost the ack.
-        tokio::select! {
-            () = link.publisher.reply(&event, queue) => {}
-            () = link.stopping.now.cancelled() => {}
-        }
-    }
-    if let Err(error) = delivery.ack().await {
-        warn!(command_id = event.command_id, %error);
-        link.lost.cancel();
-        return;
-    }
-    info!(
-        command = event.kind.name(),
-        command_id = event.command_id,
-        batch_id = event.batch_id(),
-        status_code = event.status_code(),
-        error_code = event.error_code().map(ErrorCode::name),
-        attempts = event.ending.attempts,
-        took_ms = started.elapsed().as_millis(),
-        "answered"
-    );
-}
-
-/// Publishes until the broker has the result or the generation ends; returns what was published.
-async fn publish(
-    link: &Link,
-    mut event: Arc<ResultEvent>,
-) -> Result<Arc<ResultEvent>, PublishError> {
-    let mut pace = REPUBLISH.start();
-    loop {
-        match link.publisher.publish(&event).await {
-            Ok(()) => return Ok(event),
-            Err(PublishError::TooLarge { bytes }) => {
-                warn!(
-                    command_id = event.command_id,
-                    bytes, "the broker takes no such large message"
-                );
-                event = Arc::new(event.too_large(bytes));
-            }
-            Err(error @ PublishError::Refused) => {
-                warn!(command_id = event.command_id, %error, "trying again");
-                // A stop alone is no reason: unpublished, the command would be executed again.
-                if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
-                    return Err(error);
-                }
-                tokio::select! {
-                    () = wait(&mut pace, &link.stopping.now) => {}
-                    () = link.lost.cancelled() => {}
-                }
-            }
-            Err(error) => return Err(error),
-        }
+impl Shared {
+    fn intake(&self) -> Intake {
+        Intake::new(self.handler.breaker().watch(), self.handler.ledger_trouble())
     }
 }
 

@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
-use lapin::options::{BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions};
-use lapin::types::FieldTable;
+use lapin::options::{BasicQosOptions, ConfirmSelectOptions};
 use lapin::uri::AMQPUri;
 use lapin::{Channel, Connection, ConnectionProperties, Event};
 use secrecy::ExposeSecret;
@@ -18,6 +17,7 @@ use crate::domain::command::CommandKind;
 
 use super::consumer::Lane;
 use super::publisher::Publisher;
+use super::pulse::Pulse;
 use super::topology::Topology;
 use super::transport;
 use super::{CALL_LIMIT, CONNECT_LIMIT, Error, HEARTBEAT, Settings};
@@ -30,6 +30,7 @@ pub struct Generation {
     pub publisher: Arc<Publisher>,
     /// Of the publishing connection.
     events: BoxStream<'static, Event>,
+    pulse: Pulse,
     // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm)
     // blocks a whole connection, and acks and deliveries must go on.
     consuming: Connection,
@@ -52,29 +53,26 @@ async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
     declaring.close(200, "declared".into()).await?;
 
     let events = publishing.events_listener().boxed();
-    let publisher = Publisher::new(publishing, &topology).await?;
+    let publisher = Arc::new(Publisher::new(publishing, &topology).await?);
 
     let mut lanes = Vec::new();
     for kind in CommandKind::ALL {
         let channel = consuming.create_channel().await?;
-        // lapin's buffer has no bound of its own: prefetch is the only one.
+        // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        let queue = topology.queue(kind);
-        let options = BasicConsumeOptions::default();
-        let consumer = channel
-            .basic_consume(queue.into(), kind.name().into(), options, FieldTable::default())
-            .await?;
-        lanes.push(Lane::new(kind, channel, consumer));
+        lanes.push(Lane::open(kind, channel, &topology).await?);
     }
-    Ok(Generation { lanes, publisher: Arc::new(publisher), events, consuming })
+    let asking = consuming.create_channel().await?;
+    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology);
+    Ok(Generation { lanes, publisher, events, pulse, consuming })
 }
 
 impl Generation {
-    /// The lanes, and beside them what happens to the publishing connection.
-    pub fn parts(&mut self) -> (&mut [Lane], PublishingEvents<'_>) {
+    /// The lanes, and beside them what happens to the publishing connection, and what can be asked.
+    pub fn parts(&mut self) -> (&mut [Lane], PublishingEvents<'_>, &Pulse) {
         let events = &mut self.events;
         let publisher = Arc::clone(&self.publisher);
-        (&mut self.lanes, PublishingEvents { events, publisher })
+        (&mut self.lanes, PublishingEvents { events, publisher }, &self.pulse)
     }
 
     /// Closes both connections, within a limit; what is unacknowledged returns to its queue.

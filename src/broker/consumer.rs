@@ -4,38 +4,62 @@ use std::sync::Arc;
 
 use futures_util::StreamExt as _;
 use lapin::message::Delivery as Received;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicNackOptions};
-use lapin::types::{AMQPValue, ShortString};
-use lapin::{Channel, Consumer};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Consumer};
 use tokio::time::timeout;
 use tracing::debug;
 
+use crate::domain::Earlier;
 use crate::domain::command::{CommandKind, CommandMessage};
 
-use super::CALL_LIMIT;
+use super::topology::Topology;
+use super::{CALL_LIMIT, PERSISTENT};
 
 /// W3C Trace Context, 3.2: 55 bytes in version 00, and a little more room for later ones.
 const TRACEPARENT_BYTES: usize = 128;
 /// W3C Trace Context, 3.3.1.5: what has to be propagated.
 const TRACESTATE_BYTES: usize = 512;
 
-/// The consumer of one command queue, on a channel of its own: a channel that the broker closes
-/// takes only its own deliveries back.
+/// The consumers of one command's queues, on a channel of their own: a channel that the broker
+/// closes takes only its own deliveries back.
 pub struct Lane {
-    /// The queue's command.
+    /// The queues' command.
     pub kind: CommandKind,
     channel: Channel,
-    consumer: Consumer,
+    queue: String,
+    /// Of the command queue; `None` while the lane rests.
+    fresh: Option<Consumer>,
+    /// Of the retry queue: what was deferred comes back whether or not fresh commands are taken.
+    returned: Consumer,
 }
 
 impl Lane {
-    pub(super) fn new(kind: CommandKind, channel: Channel, consumer: Consumer) -> Self {
-        Self { kind, channel, consumer }
+    /// Starts to consume.
+    pub(super) async fn open(
+        kind: CommandKind,
+        channel: Channel,
+        topology: &Topology,
+    ) -> lapin::Result<Self> {
+        let (queue, retry) = (topology.queue(kind), topology.retry_queue(kind));
+        let returned = consume(&channel, &retry).await?;
+        let fresh = Some(consume(&channel, &queue).await?);
+        Ok(Self { kind, channel, queue, fresh, returned })
     }
 
     /// The next delivery; `Err` says why there will be none any more.
     pub async fn next(&mut self) -> Result<Delivery, String> {
-        match self.consumer.next().await {
+        let fresh = async {
+            match &mut self.fresh {
+                Some(consumer) => consumer.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let received = tokio::select! {
+            received = fresh => received,
+            received = self.returned.next() => received,
+        };
+        match received {
             Some(Ok(received)) => Ok(Delivery::new(self.kind, received)),
             Some(Err(error)) => Err(error.to_string()),
             // The broker cancelled the consumer: its queue was deleted, or its node went away.
@@ -43,19 +67,54 @@ impl Lane {
         }
     }
 
+    /// Whether fresh commands stay in their queue.
+    pub fn is_resting(&self) -> bool {
+        self.fresh.is_none()
+    }
+
+    /// Leaves fresh commands in their queue; those received but not yet taken go back to it.
+    pub async fn rest(&mut self) {
+        if let Some(consumer) = self.fresh.take() {
+            self.give_up(consumer).await;
+        }
+    }
+
+    /// Takes fresh commands again; `Err` says why it cannot.
+    pub async fn resume(&mut self) -> Result<(), String> {
+        match timeout(CALL_LIMIT, consume(&self.channel, &self.queue)).await {
+            Ok(Ok(consumer)) => {
+                self.fresh = Some(consumer);
+                Ok(())
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("the broker is silent about the {} queue", self.kind)),
+        }
+    }
+
     /// Stops receiving and gives back what was received but not yet taken. What was taken can
     /// still be settled as long as the lane lives: its channel closes with it.
     pub async fn stop(&mut self) {
-        let tag = self.consumer.tag();
-        let cancel = self.channel.basic_cancel(tag, BasicCancelOptions::default());
+        self.rest().await;
+        let returned = self.returned.clone();
+        self.give_up(returned).await;
+    }
+
+    async fn give_up(&self, mut consumer: Consumer) {
+        let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
         match timeout(CALL_LIMIT, cancel).await {
             Ok(Ok(())) => {}
             _ => return,
         }
-        while let Ok(Some(Ok(received))) = timeout(CALL_LIMIT, self.consumer.next()).await {
+        while let Ok(Some(Ok(received))) = timeout(CALL_LIMIT, consumer.next()).await {
             Delivery::new(self.kind, received).give_back().await;
         }
     }
+}
+
+async fn consume(channel: &Channel, queue: &str) -> lapin::Result<Consumer> {
+    let options = BasicConsumeOptions::default();
+    // Its tag is its queue's name: a channel may have a tag once only.
+    channel.basic_consume(queue.into(), queue.into(), options, FieldTable::default()).await
 }
 
 /// The broker did not take an ack: the command will be delivered again.
@@ -74,17 +133,16 @@ impl Delivery {
     fn new(queue: CommandKind, mut received: Received) -> Self {
         let body = std::mem::take(&mut received.data);
         let properties = &received.properties;
+        let headers = properties.headers().as_ref();
+        let header = |name: &str| headers?.inner().get(name);
         // Of another type or longer, it is no trace context; copied, it could make the result's
         // headers larger than a frame.
-        let header = |name: &str, longest: usize| {
-            let headers = properties.headers().as_ref()?;
-            let text = match headers.inner().get(name)? {
-                AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok()?,
-                AMQPValue::ShortString(text) => text.as_str(),
-                _ => return None,
-            };
-            (text.len() <= longest).then(|| text.to_owned())
+        let trace = |name: &str, longest: usize| {
+            header(name).and_then(text).filter(|text| text.len() <= longest)
         };
+        // The first time, it is the producer's, if there is one.
+        let count = header("x-delivery-count").filter(|_| received.redelivered);
+        let redeliveries = count.and_then(number).unwrap_or_default();
         let message = CommandMessage {
             queue,
             // Through the default exchange the routing key is the queue's name.
@@ -94,15 +152,59 @@ impl Delivery {
             correlation_id: present(properties.correlation_id().as_ref()),
             content_type: present(properties.content_type().as_ref()),
             content_encoding: present(properties.content_encoding().as_ref()),
-            traceparent: header("traceparent", TRACEPARENT_BYTES),
-            tracestate: header("tracestate", TRACESTATE_BYTES),
+            traceparent: trace("traceparent", TRACEPARENT_BYTES),
+            tracestate: trace("tracestate", TRACESTATE_BYTES),
             reply_to: present(properties.reply_to().as_ref()),
+            not_after: header("not_after").and_then(shown),
+            redeliveries: u32::try_from(redeliveries.max(0)).unwrap_or(u32::MAX),
+            earlier: Earlier::read(|name| header(name).and_then(number)),
             body,
         };
         Self { message: Arc::new(message), received }
     }
 
-    /// The command is done and its result confirmed.
+    /// The properties with which a copy of it goes to another queue, with these headers more.
+    pub(super) fn copied<'a>(
+        &self,
+        more: impl IntoIterator<Item = (&'a str, AMQPValue)>,
+    ) -> BasicProperties {
+        let from = &self.received.properties;
+        let mut headers = FieldTable::default();
+        for (name, value) in from.headers().iter().flat_map(FieldTable::inner) {
+            if !is_of_one_delivery(name.as_str()) {
+                headers.insert(name.clone(), value.clone());
+            }
+        }
+        for (name, value) in more {
+            headers.insert(name.into(), value);
+        }
+        let mut to =
+            BasicProperties::default().with_delivery_mode(PERSISTENT).with_headers(headers);
+        // Neither `expiration`, which was for the wait in the queue it has left, nor `user_id`, which
+        // the broker compares with the user who publishes.
+        for (value, set) in [
+            (from.content_type(), BasicProperties::with_content_type as Setter),
+            (from.content_encoding(), BasicProperties::with_content_encoding),
+            (from.correlation_id(), BasicProperties::with_correlation_id),
+            (from.reply_to(), BasicProperties::with_reply_to),
+            (from.message_id(), BasicProperties::with_message_id),
+            (from.kind(), BasicProperties::with_type),
+            (from.app_id(), BasicProperties::with_app_id),
+        ] {
+            if let Some(value) = value {
+                to = set(to, value.clone());
+            }
+        }
+        if let Some(priority) = from.priority() {
+            to = to.with_priority(*priority);
+        }
+        if let Some(timestamp) = from.timestamp() {
+            to = to.with_timestamp(*timestamp);
+        }
+        to
+    }
+
+    /// The command is done and its result confirmed, or a copy of it is in another queue.
     pub async fn ack(&self) -> Result<(), NotSettled> {
         match timeout(CALL_LIMIT, self.received.acker.ack(BasicAckOptions::default())).await {
             Ok(Ok(true)) => Ok(()),
@@ -118,6 +220,50 @@ impl Delivery {
         if !matches!(nack, Ok(Ok(true))) {
             debug!("the channel is gone, and with it the command is back in its queue");
         }
+    }
+}
+
+type Setter = fn(BasicProperties, ShortString) -> BasicProperties;
+
+/// What the broker writes for one delivery, or reads from one publish: `CC` would multiply a copy.
+fn is_of_one_delivery(name: &str) -> bool {
+    let written = ["x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"];
+    written.contains(&name)
+        || name.starts_with("x-first-death-")
+        || name.starts_with("x-last-death-")
+        || Earlier::is_header(name)
+}
+
+fn text(value: &AMQPValue) -> Option<String> {
+    match value {
+        AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok().map(str::to_owned),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
+fn number(value: &AMQPValue) -> Option<i64> {
+    match *value {
+        AMQPValue::ShortShortInt(number) => Some(number.into()),
+        AMQPValue::ShortShortUInt(number) => Some(number.into()),
+        AMQPValue::ShortInt(number) => Some(number.into()),
+        AMQPValue::ShortUInt(number) => Some(number.into()),
+        AMQPValue::LongInt(number) => Some(number.into()),
+        AMQPValue::LongUInt(number) => Some(number.into()),
+        AMQPValue::LongLongInt(number) => Some(number),
+        AMQPValue::Timestamp(number) => i64::try_from(number).ok(),
+        _ => None,
+    }
+}
+
+/// A header's value as a person reads it; of what is neither text nor a number, the type.
+fn shown(value: &AMQPValue) -> Option<String> {
+    let number = || number(value).map(|number| number.to_string());
+    match value {
+        AMQPValue::Void => None,
+        AMQPValue::Double(number) => Some(number.to_string()),
+        AMQPValue::Float(number) => Some(number.to_string()),
+        _ => text(value).or_else(number).or_else(|| Some(format!("{:?}", value.get_type()))),
     }
 }
 

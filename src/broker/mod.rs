@@ -2,7 +2,9 @@
 
 mod connection;
 mod consumer;
+mod declare;
 mod publisher;
+mod pulse;
 mod requester;
 mod topology;
 mod transport;
@@ -18,8 +20,9 @@ use secrecy::SecretString;
 pub use connection::{Generation, Publishing, PublishingEvents, open};
 pub use consumer::{Delivery, Lane, NotSettled};
 pub use publisher::{PublishError, Publisher};
+pub use pulse::Pulse;
 pub use requester::{AskError, Reply, ask};
-pub use topology::Topology;
+pub use topology::{Delay, Topology};
 
 /// The limit on connecting, with declaring everything. A frozen broker accepts and never answers.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
@@ -29,6 +32,9 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
 
 /// The limit on every other call to the broker. An ack hangs where the connection is blocked.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often the broker is asked whether everything is still as it was built.
+pub const PULSE: Duration = Duration::from_secs(10);
 
 /// AMQP's `delivery_mode` of a message that survives a restart of the broker.
 const PERSISTENT: u8 = 2;

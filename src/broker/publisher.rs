@@ -13,15 +13,17 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use crate::crash;
+use crate::domain::Earlier;
 use crate::domain::result::ResultEvent;
 
 use super::connection::confirming_channel;
-use super::topology::Topology;
-use super::{CONFIRM_LIMIT, PERSISTENT};
+use super::consumer::Delivery;
+use super::topology::{Delay, Topology};
+use super::{CONFIRM_LIMIT, PERSISTENT, PULSE};
 
 /// A returned message is credited to the right publish only with one confirm outstanding per
-/// channel, so replies take turns on so many channels.
-const REPLY_CHANNELS: usize = 8;
+/// channel, so what is mandatory takes turns on so many channels.
+const CHANNELS_ALONE: usize = 8;
 
 /// A larger result goes over a channel of its own: one that the broker finds too large closes its
 /// channel, and with it would go the confirms of all others.
@@ -47,6 +49,12 @@ pub enum PublishError {
         /// Of the body.
         bytes: usize,
     },
+    /// No queue is behind the exchange.
+    #[error("no queue is bound to the exchange {exchange}: bind the queue of that name to it")]
+    Unroutable {
+        /// Its name.
+        exchange: String,
+    },
     /// No confirm came.
     #[error("the broker did not confirm the result within {} s", CONFIRM_LIMIT.as_secs())]
     Silent,
@@ -60,9 +68,12 @@ pub struct Publisher {
     connection: Connection,
     results: Channel,
     exchange: String,
+    topology: Topology,
     large_turn: Semaphore,
-    reply_turn: Semaphore,
-    idle_reply_channels: Mutex<Vec<Channel>>,
+    turn_alone: Semaphore,
+    idle_channels: Mutex<Vec<Channel>>,
+    /// When the last confirm came.
+    confirmed: Mutex<Instant>,
 }
 
 impl Publisher {
@@ -71,9 +82,11 @@ impl Publisher {
             results: confirming_channel(&connection).await?,
             connection,
             exchange: topology.results_exchange(),
+            topology: topology.clone(),
             large_turn: Semaphore::new(LARGE_AT_ONCE),
-            reply_turn: Semaphore::new(REPLY_CHANNELS),
-            idle_reply_channels: Mutex::default(),
+            turn_alone: Semaphore::new(CHANNELS_ALONE),
+            idle_channels: Mutex::default(),
+            confirmed: Mutex::new(Instant::now()),
         })
     }
 
@@ -133,13 +146,16 @@ impl Publisher {
         let publish = channel.basic_publish(exchange, key, options, body, properties(event));
         let confirm = publish.await?;
         crash::point(7);
-        confirm.await
+        let confirmation = confirm.await?;
+        self.note_confirm();
+        Ok(confirmation)
     }
 
     /// Sends a copy of a published result to the queue that the command names. One that cannot be
     /// delivered is logged: the result is on the exchange all the same.
     pub async fn reply(&self, event: &ResultEvent, queue: &str) {
-        let delivered = self.patiently(self.try_reply(event, queue)).await;
+        let body = event.body();
+        let delivered = self.patiently(self.alone("", queue, &body, properties(event))).await;
         let reason = match delivered {
             Ok(Ok(Confirmation::Ack(None))) => return,
             Ok(Ok(Confirmation::Ack(Some(_)))) => "no queue has the name in reply_to".to_owned(),
@@ -153,21 +169,87 @@ impl Publisher {
         );
     }
 
-    async fn try_reply(&self, event: &ResultEvent, queue: &str) -> lapin::Result<Confirmation> {
+    /// Publishes a copy of a command to a delay queue, from where it comes back, and waits until the
+    /// broker has it: the command may then be acknowledged.
+    pub async fn defer(
+        &self,
+        delivery: &Delivery,
+        delay: Delay,
+        earlier: &Earlier,
+    ) -> Result<(), PublishError> {
+        let headers = earlier.headers();
+        let headers = headers.iter().map(|(name, n)| (*name, AMQPValue::LongLongInt(*n)));
+        self.copy(delivery, self.topology.delay(delay), delivery.copied(headers)).await
+    }
+
+    /// The same to the dead-letter queue, where a person finds it with the reason.
+    pub async fn dead_letter(&self, delivery: &Delivery, reason: &str) -> Result<(), PublishError> {
+        let reason = [("x-call-manager-reason", AMQPValue::LongString(reason.into()))];
+        self.copy(delivery, self.topology.dead_letter(), delivery.copied(reason)).await
+    }
+
+    async fn copy(
+        &self,
+        delivery: &Delivery,
+        exchange: String,
+        properties: BasicProperties,
+    ) -> Result<(), PublishError> {
+        let message = &delivery.message;
+        let key = message.kind().routing_key();
+        let publish = self.alone(&exchange, &key, &message.body, properties);
+        match self.patiently(publish).await {
+            Ok(Ok(Confirmation::Ack(None))) => Ok(()),
+            // Mandatory: where operators own the topology, an exchange may be there without its queue.
+            Ok(Ok(Confirmation::Ack(Some(_)))) => Err(PublishError::Unroutable { exchange }),
+            Ok(Ok(Confirmation::Nack(_) | Confirmation::NotRequested)) => {
+                Err(PublishError::Refused)
+            }
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(PublishError::Silent),
+        }
+    }
+
+    /// Proves that the broker takes and confirms messages: with one that no queue gets.
+    pub(super) async fn pulse(&self) -> Result<(), PublishError> {
+        let lately = *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner);
+        if lately.elapsed() < PULSE {
+            return Ok(());
+        }
+        let name = self.topology.pulse();
+        let publish = self.alone("", &name, b"", BasicProperties::default());
+        match self.patiently(publish).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(PublishError::Silent),
+        }
+    }
+
+    /// Publishes with no other confirm outstanding on the channel, so that a return is its own.
+    async fn alone(
+        &self,
+        exchange: &str,
+        key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) -> lapin::Result<Confirmation> {
         // Never closed, so an error cannot come; the permit is what matters.
-        let _turn = self.reply_turn.acquire().await;
-        let idle = self.idle_reply_channels.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let _turn = self.turn_alone.acquire().await;
+        let idle = self.idle_channels.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let channel = match idle {
             Some(channel) => channel,
             None => confirming_channel(&self.connection).await?,
         };
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let (body, properties) = (event.body(), properties(event));
-        let confirm = channel.basic_publish("".into(), queue.into(), options, &body, properties);
+        let confirm = channel.basic_publish(exchange.into(), key.into(), options, body, properties);
         let confirmation = confirm.await?.await?;
+        self.note_confirm();
         // Only a channel that is still good goes back: a refused permission closes it.
-        self.idle_reply_channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
+        self.idle_channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
         Ok(confirmation)
+    }
+
+    fn note_confirm(&self) {
+        *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 }
 

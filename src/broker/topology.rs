@@ -1,8 +1,9 @@
-//! The exchanges and queues of the contract, with a reason on each flag.
+//! The exchanges, queues and bindings of the contract as data, with a reason on each flag.
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, ExchangeKind};
+use std::fmt;
+use std::time::Duration;
+
+use lapin::ExchangeKind;
 
 use crate::domain::command::CommandKind;
 
@@ -15,10 +16,82 @@ const UNROUTED_MAX_MESSAGES: i64 = 10_000;
 /// …and so many bytes: a `get` of 10,000 recipients is megabytes.
 const UNROUTED_MAX_BYTES: i64 = 256 * 1024 * 1024;
 
-/// The names, made of one prefix.
+/// How long a deferred command rests before it comes back. A ladder of queues, one per length: the
+/// broker expires messages only at a queue's head, so different times in one queue would wait for
+/// each other.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Delay {
+    /// 2 s.
+    Short,
+    /// 10 s.
+    Medium,
+    /// 60 s.
+    Long,
+}
+
+impl Delay {
+    /// The ladder, from below.
+    pub const ALL: [Self; 3] = [Self::Short, Self::Medium, Self::Long];
+
+    /// The longest that is not longer than `wait`, or the shortest.
+    pub fn of(wait: Duration) -> Self {
+        let fits = |delay: &Self| delay.duration() <= wait;
+        Self::ALL.into_iter().rev().find(fits).unwrap_or(Self::Short)
+    }
+
+    /// How long.
+    pub fn duration(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Short => 2,
+            Self::Medium => 10,
+            Self::Long => 60,
+        })
+    }
+}
+
+impl fmt::Display for Delay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}s", self.duration().as_secs())
+    }
+}
+
+/// The names, made of one prefix, and what is declared under them.
 #[derive(Clone, Debug)]
 pub struct Topology {
     prefix: String,
+}
+
+/// A durable exchange.
+#[derive(Clone, Debug)]
+pub(super) struct Exchange {
+    pub name: String,
+    pub kind: ExchangeKind,
+    pub arguments: Arguments,
+}
+
+/// A durable queue.
+#[derive(Clone, Debug)]
+pub(super) struct Queue {
+    pub name: String,
+    pub arguments: Arguments,
+}
+
+/// From an exchange to a queue.
+#[derive(Clone, Debug)]
+pub(super) struct Binding {
+    pub exchange: String,
+    pub queue: String,
+    pub routing_key: String,
+}
+
+/// In the order of declaring.
+pub(super) type Arguments = Vec<(&'static str, Argument)>;
+
+/// The value of an argument.
+#[derive(Clone, Debug)]
+pub(super) enum Argument {
+    Text(String),
+    Number(i64),
 }
 
 impl Topology {
@@ -30,6 +103,11 @@ impl Topology {
     /// Where producers publish.
     pub fn commands_exchange(&self) -> String {
         format!("{}.commands", self.prefix)
+    }
+
+    /// Where deferred commands return to, with their own routing key.
+    pub fn retry_exchange(&self) -> String {
+        format!("{}.retry", self.prefix)
     }
 
     /// Where results appear.
@@ -47,83 +125,128 @@ impl Topology {
         format!("{}.dead-letter", self.prefix)
     }
 
+    /// Exchange and queue where a command rests for so long before it goes to the retry exchange.
+    pub fn delay(&self, delay: Delay) -> String {
+        format!("{}.delay.{delay}", self.prefix)
+    }
+
     /// The queue of one command.
     pub fn queue(&self, kind: CommandKind) -> String {
         format!("{}.{kind}", self.prefix)
     }
 
-    /// Declares everything; harmless where it exists in the same way.
-    pub async fn declare(&self, channel: &Channel) -> lapin::Result<()> {
-        let dead = self.dead_letter();
-        exchange(channel, &dead, ExchangeKind::Fanout, FieldTable::default()).await?;
-        // Bounded only by disk: what lies here was promised not to be lost.
-        queue(channel, &dead, quorum()).await?;
-        bind(channel, &dead, &dead, "").await?;
+    /// The queue of one command for what was deferred: it comes back here and not to the tail of a
+    /// full command queue, and is taken also while fresh commands are not.
+    pub fn retry_queue(&self, kind: CommandKind) -> String {
+        format!("{}.{kind}.retry", self.prefix)
+    }
 
-        let unrouted = self.unrouted();
-        exchange(channel, &unrouted, ExchangeKind::Fanout, FieldTable::default()).await?;
-        let mut catch_all = quorum();
-        catch_all.insert("x-max-length".into(), UNROUTED_MAX_MESSAGES.into());
-        catch_all.insert("x-max-length-bytes".into(), UNROUTED_MAX_BYTES.into());
-        // reject-publish would refuse results, and so stop all work, where nobody listens.
-        catch_all.insert("x-overflow".into(), text("drop-head"));
-        queue(channel, &unrouted, catch_all).await?;
-        bind(channel, &unrouted, &unrouted, "").await?;
+    /// No queue has this name: what is published to it tells only whether the broker confirms.
+    pub(super) fn pulse(&self) -> String {
+        format!("{}.pulse", self.prefix)
+    }
 
-        let mut results = FieldTable::default();
-        // Makes `mandatory` unnecessary on results, which lapin cannot do with many in flight.
-        results.insert("alternate-exchange".into(), text(&unrouted));
-        exchange(channel, &self.results_exchange(), ExchangeKind::Topic, results).await?;
+    /// Every exchange there is.
+    pub fn exchange_names(&self) -> Vec<String> {
+        self.exchanges().into_iter().map(|exchange| exchange.name).collect()
+    }
 
-        let commands = self.commands_exchange();
-        exchange(channel, &commands, ExchangeKind::Topic, FieldTable::default()).await?;
+    /// Every queue there is.
+    pub fn queue_names(&self) -> Vec<String> {
+        self.queues().into_iter().map(|queue| queue.name).collect()
+    }
+
+    pub(super) fn exchanges(&self) -> Vec<Exchange> {
+        let plain = |name, kind| Exchange { name, kind, arguments: Vec::new() };
+        let mut exchanges = vec![
+            plain(self.dead_letter(), ExchangeKind::Fanout),
+            plain(self.unrouted(), ExchangeKind::Fanout),
+            Exchange {
+                name: self.results_exchange(),
+                kind: ExchangeKind::Topic,
+                // Makes `mandatory` unnecessary on results, which lapin cannot do with many in flight.
+                arguments: vec![("alternate-exchange", text(self.unrouted()))],
+            },
+            plain(self.commands_exchange(), ExchangeKind::Topic),
+            plain(self.retry_exchange(), ExchangeKind::Topic),
+        ];
+        // In front of each delay queue: a message published through the default exchange would have
+        // the queue's name for its routing key, and the key of the command would be lost.
+        exchanges.extend(Delay::ALL.map(|delay| plain(self.delay(delay), ExchangeKind::Fanout)));
+        exchanges
+    }
+
+    pub(super) fn queues(&self) -> Vec<Queue> {
+        let mut queues = vec![
+            // Bounded only by disk: what lies here was promised not to be lost.
+            Queue { name: self.dead_letter(), arguments: vec![quorum()] },
+            Queue {
+                name: self.unrouted(),
+                arguments: vec![
+                    quorum(),
+                    ("x-max-length", Argument::Number(UNROUTED_MAX_MESSAGES)),
+                    ("x-max-length-bytes", Argument::Number(UNROUTED_MAX_BYTES)),
+                    // reject-publish would refuse results, and so stop all work, where nobody
+                    // listens.
+                    ("x-overflow", text("drop-head")),
+                ],
+            },
+        ];
         for kind in CommandKind::ALL {
-            let name = self.queue(kind);
-            let mut arguments = quorum();
-            arguments.insert("x-delivery-limit".into(), DELIVERY_LIMIT.into());
-            // Without it the broker drops what is past the delivery limit.
-            arguments.insert("x-dead-letter-exchange".into(), text(&dead));
-            // The default, at-most-once, loses the message where the target is away; at-least-once
-            // needs reject-publish, which does nothing on a queue without a length limit.
-            arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
-            arguments.insert("x-overflow".into(), text("reject-publish"));
-            queue(channel, &name, arguments).await?;
-            bind(channel, &name, &commands, &kind.routing_key()).await?;
+            // Both have the same: a command is not worth less for having been deferred.
+            for name in [self.queue(kind), self.retry_queue(kind)] {
+                let mut arguments =
+                    vec![quorum(), ("x-delivery-limit", Argument::Number(DELIVERY_LIMIT))];
+                // Without it the broker drops what is past the delivery limit.
+                arguments.extend(dead_lettering_to(self.dead_letter()));
+                queues.push(Queue { name, arguments });
+            }
         }
-        Ok(())
+        for delay in Delay::ALL {
+            let milliseconds = delay.duration().as_secs() * 1000;
+            let mut arguments =
+                vec![quorum(), ("x-message-ttl", Argument::Number(milliseconds.cast_signed()))];
+            // No x-dead-letter-routing-key: the message keeps its own.
+            arguments.extend(dead_lettering_to(self.retry_exchange()));
+            queues.push(Queue { name: self.delay(delay), arguments });
+        }
+        queues
+    }
+
+    pub(super) fn bindings(&self) -> Vec<Binding> {
+        // A fanout exchange and its one queue have one name.
+        let pairs = [self.dead_letter(), self.unrouted()].into_iter();
+        let mut bindings: Vec<_> = pairs
+            .chain(Delay::ALL.map(|delay| self.delay(delay)))
+            .map(|name| Binding { exchange: name.clone(), queue: name, routing_key: String::new() })
+            .collect();
+        for kind in CommandKind::ALL {
+            for (exchange, queue) in [
+                (self.commands_exchange(), self.queue(kind)),
+                (self.retry_exchange(), self.retry_queue(kind)),
+            ] {
+                bindings.push(Binding { exchange, queue, routing_key: kind.routing_key() });
+            }
+        }
+        bindings
     }
 }
 
-fn text(value: &str) -> AMQPValue {
-    AMQPValue::LongString(value.into())
-}
-
 /// Replicated and durable: a classic queue loses what it holds with its node.
-fn quorum() -> FieldTable {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), text("quorum"));
-    arguments
+fn quorum() -> (&'static str, Argument) {
+    ("x-queue-type", text("quorum"))
 }
 
-async fn exchange(
-    channel: &Channel,
-    name: &str,
-    kind: ExchangeKind,
-    arguments: FieldTable,
-) -> lapin::Result<()> {
-    let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    channel.exchange_declare(name.into(), kind, options, arguments).await
+/// The default strategy, at-most-once, loses the message where the target is away; at-least-once
+/// needs reject-publish, which does nothing on a queue without a length limit.
+fn dead_lettering_to(exchange: String) -> Arguments {
+    vec![
+        ("x-dead-letter-exchange", text(exchange)),
+        ("x-dead-letter-strategy", text("at-least-once")),
+        ("x-overflow", text("reject-publish")),
+    ]
 }
 
-async fn queue(channel: &Channel, name: &str, arguments: FieldTable) -> lapin::Result<()> {
-    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    channel.queue_declare(name.into(), options, arguments).await?;
-    Ok(())
-}
-
-async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> lapin::Result<()> {
-    let options = QueueBindOptions::default();
-    channel
-        .queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default())
-        .await
+fn text(value: impl Into<String>) -> Argument {
+    Argument::Text(value.into())
 }

@@ -3,11 +3,13 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
+use super::Earlier;
 use super::validation::{self, Rejection};
 
 /// The dynamic variable by which the batch of a command can be recognised at the vendor.
@@ -85,6 +87,12 @@ pub struct CommandMessage {
     pub tracestate: Option<String>,
     /// The queue that gets a copy of the result.
     pub reply_to: Option<String>,
+    /// The header `not_after`: Unix seconds, past which the command is not worth doing.
+    pub not_after: Option<String>,
+    /// How often the broker has delivered it before without its having been settled.
+    pub redeliveries: u32,
+    /// What it brings along from before it was deferred.
+    pub earlier: Earlier,
     /// The request body.
     pub body: Vec<u8>,
 }
@@ -125,7 +133,28 @@ impl CommandMessage {
         }
         self.check_ids()?;
         self.check_encoding()?;
+        self.deadline()?;
         Command::parse(self.kind(), &self.body)
+    }
+
+    /// When it is not worth doing any more.
+    pub fn deadline(&self) -> Result<Option<SystemTime>, Rejection> {
+        let Some(text) = &self.not_after else { return Ok(None) };
+        let wrong = |what: &str| {
+            Rejection::of(format!(
+                "the header not_after is \"{}\", {what}; send Unix seconds as a whole number, for \
+                 example 1767225600, or leave it out",
+                validation::excerpt(text)
+            ))
+        };
+        let text = text.trim();
+        let seconds: i64 = text.parse().map_err(|_| wrong("not a time"))?;
+        if text.parse::<f64>().is_ok_and(|n| n >= FIRST_MILLISECONDS) {
+            return Err(wrong("which can only be milliseconds"));
+        }
+        // Before 1970 is as much in the past as 1970 is.
+        let since = Duration::from_secs(u64::try_from(seconds).unwrap_or_default());
+        Ok(SystemTime::UNIX_EPOCH.checked_add(since))
     }
 
     fn check_ids(&self) -> Result<(), Rejection> {

@@ -47,6 +47,9 @@ pub fn message(body: &str) -> CommandMessage {
         traceparent: None,
         tracestate: None,
         reply_to: None,
+        not_after: None,
+        redeliveries: 0,
+        earlier: Earlier::default(),
         body: body.into(),
     }
 }
@@ -317,4 +320,20 @@ fn neither_a_message_nor_a_submit_shows_a_phone_number_in_debug_output() {
     let message = message(README_EXAMPLE);
     let printed = format!("{message:?} {:?}", message.parse().unwrap());
     assert!(!printed.contains("1234567890") && !printed.contains("Ana"), "{printed}");
+}
+
+#[test]
+fn not_after_is_unix_seconds_and_nothing_else() {
+    let deadline =
+        |text: &str| CommandMessage { not_after: Some(text.into()), ..message("{}") }.deadline();
+    let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+    assert_eq!(deadline("1767225600").unwrap(), at(1_767_225_600));
+    assert_eq!(deadline(" -1 ").unwrap(), at(0));
+    assert_eq!(message("{}").deadline().unwrap(), None);
+    for wrong in ["", "soon", "1e9", "2026-01-01T00:00:00Z", "99999999999999999999"] {
+        let said = deadline(wrong).unwrap_err().to_string();
+        assert!(said.contains("not a time; send Unix seconds"), "{said}");
+    }
+    let said = deadline("1767225600000").unwrap_err().to_string();
+    assert!(said.contains("not_after") && said.contains("only be milliseconds"), "{said}");
 }

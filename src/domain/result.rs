@@ -31,11 +31,15 @@ pub enum ErrorCode {
     CommandIdReused,
     /// A cancel by the submit's id came first.
     CancelledBeforeSubmit,
+    /// It came back to its queue too often.
+    PoisonMessage,
+    /// Its `not_after` has passed.
+    Expired,
 }
 
 impl ErrorCode {
     /// Every code there is.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::InvalidCommand,
         Self::NotFound,
         Self::RejectedByElevenlabs,
@@ -44,6 +48,8 @@ impl ErrorCode {
         Self::OutcomeUnknown,
         Self::CommandIdReused,
         Self::CancelledBeforeSubmit,
+        Self::PoisonMessage,
+        Self::Expired,
     ];
 
     /// The header's value.
@@ -57,6 +63,8 @@ impl ErrorCode {
             Self::OutcomeUnknown => "outcome_unknown",
             Self::CommandIdReused => "command_id_reused",
             Self::CancelledBeforeSubmit => "cancelled_before_submit",
+            Self::PoisonMessage => "poison_message",
+            Self::Expired => "expired",
         }
     }
 
@@ -68,7 +76,11 @@ impl ErrorCode {
             | Self::CommandIdReused
             | Self::CancelledBeforeSubmit => 400,
             Self::NotFound => 404,
-            Self::Unauthorized | Self::UpstreamUnavailable | Self::OutcomeUnknown => 500,
+            Self::Unauthorized
+            | Self::UpstreamUnavailable
+            | Self::OutcomeUnknown
+            | Self::PoisonMessage
+            | Self::Expired => 500,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! One method per endpoint of the vendor's batch-calling API.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -9,8 +10,9 @@ use serde_json::value::RawValue;
 
 use crate::domain::command::BatchId;
 
+use super::breaker::Breaker;
 use super::error::{self, Class, Error};
-use super::wire::{Batch, SubmitRequest};
+use super::wire::{Batch, Page, SubmitRequest};
 
 /// The largest answer that is read, in bytes: 10,000 recipients with all their data.
 const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
@@ -80,6 +82,7 @@ pub enum SetupError {
 pub struct Client {
     http: reqwest::Client,
     base_url: Url,
+    breaker: Arc<Breaker>,
 }
 
 impl Client {
@@ -103,7 +106,24 @@ impl Client {
             // Where requests go is decided by the settings table alone.
             .no_proxy()
             .build()?;
-        Ok(Self { http, base_url: settings.base_url.clone() })
+        Ok(Self { http, base_url: settings.base_url.clone(), breaker: Arc::default() })
+    }
+
+    /// What the outcomes of all calls say about the vendor.
+    pub fn breaker(&self) -> &Breaker {
+        &self.breaker
+    }
+
+    /// The smallest read there is: whether the vendor answers, and takes the key.
+    pub async fn probe(&self) -> Result<(), Error> {
+        let mut url = self.url(&["workspace"]);
+        url.query_pairs_mut().append_pair("limit", "1");
+        let page = self.page(url).await;
+        // Something in between that answers everything with a page of its own is no vendor.
+        page.and_then(|(text, _)| match serde_json::from_str::<Page<'_>>(&text) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::unreadable("it is not a list of batches")),
+        })
     }
 
     /// `POST …/submit`: creates a batch each time it is called.
@@ -136,15 +156,20 @@ impl Client {
             .append_pair("limit", PAGE)
             .append_pair("agent_id", agent_id)
             .extend_pairs(cursor.map(|cursor| ("last_doc", cursor)));
-        let (body, status, headers) = self.read(self.http.request(Method::GET, url)).await?;
-        match String::from_utf8(body) {
+        self.page(url).await
+    }
+
+    async fn page(&self, url: Url) -> Result<(String, HeaderMap), Error> {
+        let read = self.read(self.http.request(Method::GET, url)).await;
+        self.recorded(read.and_then(|(body, _, headers)| match String::from_utf8(body) {
             Ok(text) => Ok((text, headers)),
-            Err(_) => Err(Error::Unreadable {
-                status,
-                reason: "it is not UTF-8".to_owned(),
-                request_id: error::request_id(&headers),
-            }),
-        }
+            Err(_) => Err(Error::unreadable("it is not UTF-8")),
+        }))
+    }
+
+    fn recorded<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        self.breaker.record(&result);
+        result
     }
 
     fn url(&self, rest: &[&str]) -> Url {
@@ -161,12 +186,14 @@ impl Client {
         request: reqwest::RequestBuilder,
         asked_for: Option<&BatchId>,
     ) -> Result<Answer, Error> {
-        let (body, status, headers) = self.read(request).await?;
-        answer(body, asked_for).map_err(|reason| Error::Unreadable {
-            status,
-            reason,
-            request_id: error::request_id(&headers),
-        })
+        let read = self.read(request).await;
+        self.recorded(read.and_then(|(body, status, headers)| {
+            answer(body, asked_for).map_err(|reason| Error::Unreadable {
+                status,
+                reason,
+                request_id: error::request_id(&headers),
+            })
+        }))
     }
 
     /// The whole body of a 2xx answer, its status and its headers.

@@ -17,6 +17,8 @@ pub enum Class {
     NeverSent,
     /// The vendor read it and will not do it.
     Refused,
+    /// The vendor will not do it for this key: 401, 403.
+    Unauthorized,
     /// The vendor turned it away for load: sending it again later is safe.
     RateLimited,
     /// It may or may not have been done.
@@ -28,6 +30,7 @@ impl Class {
     pub const fn of_status(status: u16) -> Option<Self> {
         match status {
             200..=299 => None,
+            401 | 403 => Some(Self::Unauthorized),
             429 => Some(Self::RateLimited),
             // A gateway sends these whether or not the application saw the request.
             408 | 409 | 425 => Some(Self::Unknown),
@@ -104,6 +107,7 @@ impl Error {
     pub fn class(&self) -> Class {
         match self {
             Self::NeverSent { .. } => Class::NeverSent,
+            Self::Refused { status: 401 | 403, .. } => Class::Unauthorized,
             Self::Refused { .. } => Class::Refused,
             Self::RateLimited { .. } => Class::RateLimited,
             Self::Inconclusive { .. } | Self::Broken { .. } | Self::Unreadable { .. } => {
@@ -133,6 +137,11 @@ impl Error {
         }
     }
 
+    /// A 2xx whose body is not what was asked for.
+    pub(super) fn unreadable(reason: &str) -> Self {
+        Self::Unreadable { status: 200, reason: reason.to_owned(), request_id: None }
+    }
+
     /// A transport error; only a failed connect proves that nothing was sent.
     pub(super) fn of_transport(error: reqwest::Error) -> Self {
         let source = error.without_url();
@@ -145,7 +154,7 @@ impl Error {
         let request_id = request_id(headers);
         let retry_after = retry_after(headers, SystemTime::now());
         match class {
-            Class::Refused => Self::Refused { status, message, request_id },
+            Class::Refused | Class::Unauthorized => Self::Refused { status, message, request_id },
             Class::RateLimited => Self::RateLimited { message, retry_after, request_id },
             Class::NeverSent | Class::Unknown => {
                 Self::Inconclusive { status, message, retry_after, request_id }

@@ -97,12 +97,13 @@ impl Finder {
             let (text, headers) = self.vendor.list(&lost.agent_id, cursor.as_deref()).await?;
             let since = *since.get_or_insert_with(|| first_second(&headers, age()));
             let page: Page<'_> = serde_json::from_str(&text)
-                .map_err(|_| unreadable("it is not a list of batches"))?;
+                .map_err(|_| Error::unreadable("it is not a list of batches"))?;
             // One page that is too old as a whole ends the search: not every list is in perfect order.
             let mut too_old = !page.batch_calls.is_empty();
             for raw in &page.batch_calls {
-                let listed: Listed = serde_json::from_str(raw.get())
-                    .map_err(|_| unreadable("a batch in the list has no id, name or time"))?;
+                let listed: Listed = serde_json::from_str(raw.get()).map_err(|_| {
+                    Error::unreadable("a batch in the list has no id, name or time")
+                })?;
                 if listed.created_at_unix < since {
                     continue;
                 }
@@ -114,7 +115,7 @@ impl Finder {
                     Ok(true) => {
                         // The list says of a batch what a submit answers.
                         let adopted = Answer::read((*raw).to_owned());
-                        return adopted.map(Some).map_err(|reason| unreadable(&reason));
+                        return adopted.map(Some).map_err(|reason| Error::unreadable(&reason));
                     }
                     Ok(false) => {}
                     Err(error) => inconclusive = Some(error),
@@ -124,13 +125,13 @@ impl Finder {
             if too_old || !more {
                 return inconclusive.map_or(Ok(None), Err);
             }
-            let next = page.next_doc.ok_or_else(|| unreadable("it has no next_doc"))?;
+            let next = page.next_doc.ok_or_else(|| Error::unreadable("it has no next_doc"))?;
             if cursor.as_ref() == Some(&next) {
-                return Err(unreadable("its next_doc leads back to it"));
+                return Err(Error::unreadable("its next_doc leads back to it"));
             }
             cursor = Some(next);
         }
-        Err(unreadable("the list of batches goes on and on"))
+        Err(Error::unreadable("the list of batches goes on and on"))
     }
 
     /// The proof is the marker alone: how many calls ElevenLabs counts is its own business.
@@ -142,17 +143,17 @@ impl Finder {
         }
         // One that could not be asked for is no other's on that ground.
         let id = BatchId::try_from(listed.id.clone())
-            .map_err(|_| unreadable("a batch in the list has an id of another form"))?;
+            .map_err(|_| Error::unreadable("a batch in the list has an id of another form"))?;
         let batch = self.vendor.get(&id).await?.data;
         let small = batch.get().len() <= INLINE_BYTES;
         let read = move || serde_json::from_str::<Marked>(batch.get());
         let marked = if small { Ok(read()) } else { spawn_blocking(read).await };
         let marked = marked.ok().and_then(Result::ok);
-        let marked = marked.ok_or_else(|| unreadable("the recipients cannot be read"))?;
+        let marked = marked.ok_or_else(|| Error::unreadable("the recipients cannot be read"))?;
         let command_ids = marked.command_ids();
         let expected = listed.total_calls_scheduled.unwrap_or_default().max(1);
         if command_ids.is_empty() && (marked.recipients.len() as u64) < expected {
-            return Err(unreadable("the batch does not have all of its recipients yet"));
+            return Err(Error::unreadable("the batch does not have all of its recipients yet"));
         }
         // That there is none may change: what is listed may not be complete yet.
         if let (1, Some(command_id)) = (command_ids.len(), command_ids.first()) {
@@ -177,10 +178,6 @@ fn hash(command_id: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     command_id.hash(&mut hasher);
     hasher.finish()
-}
-
-fn unreadable(reason: &str) -> Error {
-    Error::Unreadable { status: 200, reason: reason.to_owned(), request_id: None }
 }
 
 /// The second, by the vendor's clock, from which on the batch can have been created.

@@ -2,24 +2,30 @@
 
 mod outcome;
 mod submit;
+mod turn;
+mod vendor;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 use uuid::Uuid;
 
-use crate::domain::Rejection;
 use crate::domain::command::{BatchId, Command, CommandKind, CommandMessage, Target};
 use crate::domain::result::{Ending, ErrorCode, Outcome, ResultEvent, ResultOf};
-use crate::elevenlabs::{Answer, Class, Client, Error, Finder, Lost, SubmitRequest};
-use crate::ledger::{Found, Ledger};
-use crate::retry::{Policy, Schedule};
+use crate::domain::{Earlier, Rejection};
+use crate::elevenlabs::{Answer, Breaker, Class, Client, Error, Finder, Lost, SubmitRequest};
+use crate::ledger::{Found, History, Ledger};
+use crate::retry::Policy;
 use crate::telemetry::chain;
 
+pub use crate::elevenlabs::State as VendorState;
+
 use submit::SubmitJob;
+use turn::{Deferral, Next, Turn};
+use vendor::{Clearance, Key};
 
 /// How often to ask whether a submit that is in hand has ended.
 const LOOKING: Policy =
@@ -48,8 +54,22 @@ pub struct Stopping {
 pub enum Handled {
     /// It has a result, to be published before the command is acknowledged.
     Answered(Arc<ResultEvent>),
-    /// It has none, and nothing is lost by that: back to its queue. The worker is stopping, or the
-    /// ledger cannot be used.
+    /// It has none yet, and has to wait too long for a command in hand: to a delay queue, from where
+    /// it comes back.
+    Deferred {
+        /// About so long.
+        wait: Duration,
+        /// What it has to take along.
+        earlier: Earlier,
+    },
+    /// It is not executed any more: to the dead-letter queue, once its result is published.
+    Condemned {
+        /// The result.
+        event: Arc<ResultEvent>,
+        /// Why, for who finds it there.
+        reason: String,
+    },
+    /// It has none, and nothing is lost by that: back to its queue. The worker is stopping.
     GivenBack,
 }
 
@@ -79,12 +99,15 @@ pub enum Then {
     Again,
     /// It may have created a batch: look for it before anything is sent again.
     Look,
+    /// Find out whether the key is refused for everything. Then wait for a person; else fail.
+    AskAboutKey,
 }
 
 /// The whole policy. Reading and cancelling twice is harmless, submitting twice is not.
 pub const fn then(kind: CommandKind, class: Class) -> Then {
     match (kind, class) {
         (_, Class::Refused) => Then::Fail,
+        (_, Class::Unauthorized) => Then::AskAboutKey,
         (CommandKind::Submit, Class::Unknown) => Then::Look,
         (_, Class::NeverSent | Class::RateLimited)
         | (CommandKind::Cancel | CommandKind::Get, Class::Unknown) => Then::Again,
@@ -101,14 +124,22 @@ pub struct Timing {
     pub settling_window: Duration,
 }
 
+/// A series of attempts, over all times in hand.
+#[derive(Clone, Copy)]
+struct Tried {
+    attempts: u32,
+    /// One of them may have been done although it gave no answer.
+    in_doubt: bool,
+}
+
 /// The end of a series of attempts.
 enum Attempts {
-    Ended {
-        result: Result<Answer, Error>,
-        attempts: u32,
-        /// One of them may have been done although it gave no answer.
-        in_doubt: bool,
-    },
+    Ended(Result<Answer, Error>),
+    /// The horizon is over, and the vendor asks for more time.
+    NoMore(String),
+    /// `not_after` has passed.
+    Expired,
+    Deferred(Deferral),
     /// The worker is stopping.
     Stopped,
 }
@@ -128,11 +159,7 @@ impl Handler {
 
     /// Executes `message`. Waits as long as the retry policy and `stopping` say.
     pub async fn handle(&self, message: Arc<CommandMessage>, stopping: &Stopping) -> Handled {
-        let command_id = match message.producer_id() {
-            Some(id) => id.to_owned(),
-            // Nothing can be told apart by it; it only ties the result to the log line.
-            None => Uuid::now_v7().to_string(),
-        };
+        let command_id = command_id(&message);
         let job = match self.prepare(Arc::clone(&message), &command_id).await {
             Ok(job) => job,
             Err(rejection) => {
@@ -144,29 +171,86 @@ impl Handler {
                 return answered(&message, &command_id, ResultOf::Refusal, ending);
             }
         };
-        // One horizon, also for a wait before the first attempt.
-        let schedule = self.retry.start();
-        match job {
+        let deadline = message.deadline().unwrap_or_default();
+        let mut turn = Turn::begin(self.retry, message.earlier.clone(), deadline);
+        let (kind, target) = match job {
             Job::Submit(submit) => {
-                self.submit(&message, &command_id, &submit, schedule, stopping).await
+                return self.submit(&message, &command_id, &submit, turn, stopping).await;
             }
-            Job::Existing(kind, target) => match self.batch_of(kind, target, stopping).await {
-                Looked::Batch(id) => {
-                    let attempts = match kind {
-                        CommandKind::Cancel => {
-                            self.attempt(kind, schedule, stopping, || self.cancel(&id)).await
-                        }
-                        _ => self.attempt(kind, schedule, stopping, || self.vendor.get(&id)).await,
-                    };
-                    finish(&message, &command_id, attempts)
+            Job::Existing(kind, target) => (kind, target),
+        };
+        let mut tried =
+            Tried { attempts: turn.earlier().attempts, in_doubt: turn.earlier().in_doubt };
+        let outcome = match self.batch_of(kind, target, &turn, stopping).await {
+            Looked::Batch(id) => {
+                let attempts = if kind == CommandKind::Cancel {
+                    let call = || self.cancel(&id);
+                    self.attempt(kind, &mut turn, &mut tried, stopping, call).await
+                } else {
+                    let call = || self.vendor.get(&id);
+                    self.attempt(kind, &mut turn, &mut tried, stopping, call).await
+                };
+                match attempts {
+                    Attempts::Ended(Ok(answer)) => outcome::succeeded(answer, None),
+                    Attempts::Ended(Err(error)) => outcome::not_done(kind, &error, tried),
+                    Attempts::NoMore(reason) => outcome::given_up(kind, &reason, tried),
+                    Attempts::Expired => outcome::too_late(kind, tried),
+                    Attempts::Deferred(deferral) => return deferred(&message, deferral, tried),
+                    // To read or to cancel twice is harmless.
+                    Attempts::Stopped => return Handled::GivenBack,
                 }
-                Looked::Nothing(outcome) => {
-                    let ending = Ending { attempts: 0, outcome };
-                    answered(&message, &command_id, ResultOf::Command, ending)
+            }
+            Looked::Nothing(outcome) => outcome,
+            Looked::Deferred(deferral) => return deferred(&message, deferral, tried),
+            Looked::Stopped => return Handled::GivenBack,
+        };
+        let ending = Ending { attempts: tried.attempts, outcome };
+        answered(&message, &command_id, ResultOf::Command, ending)
+    }
+
+    /// Gives up a command that came back `deliveries` times: without reading its body, which may be
+    /// what ended the workers.
+    pub async fn condemn(&self, message: &CommandMessage, deliveries: u32) -> Handled {
+        let kind = message.kind();
+        let command_id = command_id(message);
+        let poison = Ending {
+            attempts: message.earlier.attempts,
+            outcome: outcome::poison(kind, deliveries),
+        };
+        let ending = if kind == CommandKind::Submit && message.producer_id().is_some() {
+            let if_begun = |history: History| Ending {
+                attempts: history.attempts,
+                outcome: outcome::poison_begun(&command_id, deliveries),
+            };
+            match self.ledger.condemn(&command_id, if_begun).await {
+                Ok(Found::Nobody) => poison,
+                Ok(Found::Settled(ending)) => ending,
+                // Nothing is answered that is not known to be true.
+                Ok(Found::InHand) | Err(_) => {
+                    let earlier = message.earlier.set_aside(deliveries);
+                    return Handled::Deferred { wait: Duration::ZERO, earlier };
                 }
-                Looked::Stopped => Handled::GivenBack,
-            },
-        }
+            }
+        } else {
+            poison
+        };
+        let event = Arc::new(ResultEvent::new(message, &command_id, ResultOf::Command, ending));
+        let said = event.error_code().map_or("the batch exists", ErrorCode::name);
+        let reason = format!(
+            "{}: it came back {deliveries} times without an end; its result says: {said}",
+            ErrorCode::PoisonMessage
+        );
+        Handled::Condemned { event, reason }
+    }
+
+    /// Why the ledger cannot be written, if so.
+    pub fn ledger_trouble(&self) -> watch::Receiver<Option<String>> {
+        self.ledger.trouble()
+    }
+
+    /// What the outcomes of all calls say about the vendor.
+    pub fn breaker(&self) -> &Breaker {
+        self.vendor.breaker()
     }
 
     async fn prepare(
@@ -204,14 +288,24 @@ impl Handler {
     }
 
     /// The batch that a cancel or a get is about. Waits for a submit that is in hand.
-    async fn batch_of(&self, kind: CommandKind, target: Target, stopping: &Stopping) -> Looked {
+    async fn batch_of(
+        &self,
+        kind: CommandKind,
+        target: Target,
+        turn: &Turn,
+        stopping: &Stopping,
+    ) -> Looked {
         let submit_id = match target {
             Target::Batch(id) => return Looked::Batch(id),
             Target::Submit(id) => id,
         };
-        let mut pace = Policy { horizon: self.retry.horizon, ..LOOKING }.start();
+        let mut pace = LOOKING.start();
         let mut strike = kind == CommandKind::Cancel;
         loop {
+            if turn.has_expired() {
+                let tried = Tried { attempts: 0, in_doubt: false };
+                return Looked::Nothing(outcome::too_late(kind, tried));
+            }
             let found = self.ledger.find(&submit_id, strike).await;
             // One is enough, and each is a write.
             strike &= found.is_err();
@@ -226,16 +320,17 @@ impl Handler {
                         None => Looked::Nothing(outcome::no_batch(&submit_id, &ending)),
                     };
                 }
+                Ok(Found::InHand) if turn.remaining(Duration::ZERO).is_zero() => {
+                    return Looked::Nothing(outcome::still_in_hand(kind, &submit_id));
+                }
                 Ok(Found::InHand) | Err(_) => {}
             }
-            let Some(wait) = pace.next_wait(None) else {
-                return match found {
-                    Ok(_) => Looked::Nothing(outcome::still_in_hand(kind, &submit_id)),
-                    Err(_) => Looked::Stopped,
-                };
-            };
+            let left = turn.left_in_hand().min(turn.remaining(Duration::ZERO));
+            if left.is_zero() {
+                return Looked::Deferred(turn.deferral(Duration::ZERO));
+            }
             tokio::select! {
-                () = tokio::time::sleep(wait) => {}
+                () = tokio::time::sleep(pace.next_wait(None).unwrap_or_default().min(left)) => {}
                 () = stopping.soon.cancelled() => return Looked::Stopped,
             }
         }
@@ -246,39 +341,47 @@ impl Handler {
     async fn attempt<F>(
         &self,
         kind: CommandKind,
-        mut schedule: Schedule,
+        turn: &mut Turn,
+        tried: &mut Tried,
         stopping: &Stopping,
         call: impl Fn() -> F,
     ) -> Attempts
     where
         F: Future<Output = Result<Answer, Error>>,
     {
-        let mut attempts = 0;
-        let mut in_doubt = false;
         loop {
-            if stopping.soon.is_cancelled() {
-                return Attempts::Stopped;
+            match self.clearance(kind, turn, &stopping.soon).await {
+                Clearance::Call => {}
+                Clearance::Defer(deferral) => return Attempts::Deferred(deferral),
+                Clearance::Expired => return Attempts::Expired,
+                Clearance::NoMore(reason) => return Attempts::NoMore(reason),
+                Clearance::Stopped => return Attempts::Stopped,
             }
-            attempts += 1;
+            tried.attempts += 1;
             let result = tokio::select! {
                 biased;
                 result = call() => result,
                 () = stopping.now.cancelled() => return Attempts::Stopped,
             };
-            let wait = match &result {
-                Ok(_) => None,
-                Err(error) => {
-                    in_doubt |= error.class() == Class::Unknown;
-                    let again = then(kind, error.class()) == Then::Again;
-                    again.then(|| schedule.next_wait(error.retry_after())).flatten()
-                }
-            };
-            let (Some(wait), Err(error)) = (wait, &result) else {
-                return Attempts::Ended { result, attempts, in_doubt };
+            let Err(error) = &result else { return Attempts::Ended(result) };
+            tried.in_doubt |= error.class() == Class::Unknown;
+            match then(kind, error.class()) {
+                Then::Fail => return Attempts::Ended(result),
+                Then::AskAboutKey => match self.key().await {
+                    Key::Accepted => return Attempts::Ended(result),
+                    Key::Refused => continue,
+                    Key::Unknown => {}
+                },
+                Then::Again | Then::Look => {}
+            }
+            let wait = match turn.next(error.retry_after()) {
+                Next::Wait(wait) => wait,
+                Next::Defer(deferral) => return Attempts::Deferred(deferral),
+                Next::Over => return Attempts::Ended(result),
             };
             info!(
                 command = kind.name(),
-                attempt = attempts,
+                attempt = tried.attempts,
                 wait_ms = wait.as_millis(),
                 request_id = error.request_id(),
                 error = chain(error),
@@ -297,7 +400,13 @@ enum Looked {
     Batch(BatchId),
     /// There is no batch (yet).
     Nothing(Outcome),
+    Deferred(Deferral),
     Stopped,
+}
+
+fn command_id(message: &CommandMessage) -> String {
+    // A made-up one tells nothing apart; it only ties the result to the log line.
+    message.producer_id().map_or_else(|| Uuid::now_v7().to_string(), str::to_owned)
 }
 
 fn prepare(message: &CommandMessage, command_id: &str) -> Result<Job, Rejection> {
@@ -325,22 +434,10 @@ fn answered(message: &CommandMessage, command_id: &str, of: ResultOf, ending: En
     Handled::Answered(Arc::new(ResultEvent::new(message, command_id, of, ending)))
 }
 
-fn finish(message: &CommandMessage, command_id: &str, ended: Attempts) -> Handled {
-    let (result, attempts, in_doubt) = match ended {
-        Attempts::Ended { result, attempts, in_doubt } => (result, attempts, in_doubt),
-        // To read or to cancel twice is harmless.
-        Attempts::Stopped => return Handled::GivenBack,
-    };
-    let outcome = match result {
-        Ok(answer) => outcome::succeeded(answer, None),
-        Err(error)
-            if in_doubt
-                && message.kind() == CommandKind::Cancel
-                && error.class() != Class::Refused =>
-        {
-            outcome::cancel_unknown(&error.to_string())
-        }
-        Err(error) => outcome::failure(&error, attempts),
-    };
-    answered(message, command_id, ResultOf::Command, Ending { attempts, outcome })
+fn deferred(message: &CommandMessage, deferral: Deferral, tried: Tried) -> Handled {
+    let Deferral { wait, asked } = deferral;
+    Handled::Deferred {
+        wait,
+        earlier: message.earlier.after(asked, tried.attempts, tried.in_doubt),
+    }
 }

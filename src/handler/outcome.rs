@@ -3,7 +3,9 @@
 use crate::domain::command::{COMMAND_ID_VARIABLE, CommandKind};
 use crate::domain::result::{Ending, ErrorCode, Outcome};
 use crate::domain::{excerpt, printable};
-use crate::elevenlabs::{Answer, Error};
+use crate::elevenlabs::{Answer, Class, Error};
+
+use super::Tried;
 
 /// The vendor did it.
 pub fn succeeded(answer: Answer, warning: Option<String>) -> Outcome {
@@ -16,9 +18,10 @@ pub fn failure(error: &Error, attempts: u32) -> Outcome {
         Error::Refused { status: 401 | 403, message, .. } => (
             ErrorCode::Unauthorized,
             format!(
-                "ElevenLabs refused the worker's API key: {message}. The operator of call-manager \
-                 has to check ELEVENLABS_API_KEY and its permissions; then publish the command again with \
-                 a new message_id."
+                "ElevenLabs refused this command to the worker's API key, which it accepts otherwise: \
+                 {message}. Check the ids in the command; the operator of call-manager has to check \
+                 the permissions of ELEVENLABS_API_KEY. Then publish the command again with a new \
+                 message_id."
             ),
         ),
         Error::Refused { status: 404, message, .. } => (
@@ -40,6 +43,82 @@ pub fn failure(error: &Error, attempts: u32) -> Outcome {
         }
     };
     Outcome::Failed { code, error }
+}
+
+/// A cancel or a get that ended with an error.
+pub fn not_done(kind: CommandKind, error: &Error, tried: Tried) -> Outcome {
+    match error.class() {
+        Class::Refused | Class::Unauthorized => failure(error, tried.attempts),
+        _ => given_up(kind, &error.to_string(), tried),
+    }
+}
+
+/// A cancel or a get whose horizon is over.
+pub fn given_up(kind: CommandKind, reason: &str, tried: Tried) -> Outcome {
+    if kind == CommandKind::Cancel && tried.in_doubt {
+        cancel_unknown(reason)
+    } else {
+        unavailable(tried.attempts, reason)
+    }
+}
+
+/// A cancel or a get whose `not_after` has passed.
+pub fn too_late(kind: CommandKind, tried: Tried) -> Outcome {
+    if kind == CommandKind::Cancel && tried.in_doubt {
+        cancel_unknown("an earlier attempt had no answer, and its not_after has passed since")
+    } else {
+        expired(tried.attempts)
+    }
+}
+
+/// `not_after` has passed, and it was surely not done.
+pub fn expired(attempts: u32) -> Outcome {
+    let before = match attempts {
+        0 => "Nothing was sent to ElevenLabs",
+        _ => "ElevenLabs had not done it before",
+    };
+    Outcome::Failed {
+        code: ErrorCode::Expired,
+        error: format!(
+            "The time in the command's header not_after has passed, so it is not executed any more. \
+             {before}, and nobody is called by it. If it is still wanted, publish it again with a \
+             new message_id and a later not_after."
+        ),
+    }
+}
+
+/// Every worker that had the command in hand ended, and nothing of it was sent.
+pub fn poison(kind: CommandKind, deliveries: u32) -> Outcome {
+    let done = match kind {
+        CommandKind::Submit => "Nothing was sent to ElevenLabs.",
+        CommandKind::Cancel => {
+            "It is not known whether ElevenLabs cancelled the batch: people may still be called. Look \
+             at its status in ElevenLabs, or publish the cancel again with a new message_id."
+        }
+        CommandKind::Get => "Nothing is changed by that.",
+    };
+    Outcome::Failed {
+        code: ErrorCode::PoisonMessage,
+        error: format!(
+            "The command came back {deliveries} times without an end: its worker or its connection \
+             ended each time. It is not executed any more, and lies in the dead-letter queue for \
+             the operator of call-manager. {done}"
+        ),
+    }
+}
+
+/// The same of a submit that was begun.
+pub fn poison_begun(command_id: &str, deliveries: u32) -> Outcome {
+    Outcome::Failed {
+        code: ErrorCode::OutcomeUnknown,
+        error: format!(
+            "It is not known whether ElevenLabs created this batch: the submit came back \
+             {deliveries} times without an end, and is not executed any more. Look in ElevenLabs for \
+             a batch whose recipients carry the dynamic variable {COMMAND_ID_VARIABLE} = \"{}\"; \
+             only if there is none, publish the submit again with a new message_id.",
+            printable(command_id)
+        ),
+    }
 }
 
 /// The horizon is over, and it was surely not done.

@@ -1,8 +1,9 @@
 //! Executes a submit: claim, look for what an earlier attempt left, send, record.
 
+mod reconcile;
+
 use std::time::{Duration, Instant};
 
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -15,30 +16,25 @@ use crate::ledger::{Claim, Go, Lease, Unavailable};
 use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
 
+use reconcile::Reconciled;
+
 use super::outcome::{
-    failure, provider_warning, reused, struck, submit_unknown, succeeded, unavailable,
+    expired, failure, provider_warning, reused, struck, submit_unknown, succeeded, unavailable,
 };
-use super::{Handled, Handler, Stopping, Then, answered, then};
+use super::turn::{Deferral, Next, Turn};
+use super::vendor::{Clearance, Key};
+use super::{Handled, Handler, Stopping, Then, Tried, answered, deferred, then};
 
-/// How long to wait for a ledger that cannot be used before anything of a submit has begun. Then it
-/// goes back to its queue: the broker takes back what is in hand for 30 minutes.
-const CLAIMING: Policy = Policy {
-    initial: Duration::from_millis(100),
-    max: Duration::from_secs(5),
-    horizon: Some(Duration::from_secs(15 * 60)),
-};
+/// How often to try a ledger that cannot be used, before anything of a submit has begun.
+const CLAIMING: Policy =
+    Policy { initial: Duration::from_millis(100), max: Duration::from_secs(5), horizon: None };
 
-/// The same once a request has been sent, on top of the time that took.
+/// The same once a request has been sent, and for how long: what it has come to is worth waiting for,
+/// but without it the batch is found again.
 const RECORDING: Policy = Policy { horizon: Some(Duration::from_secs(60)), ..CLAIMING };
 
 /// How often to ask whether another worker is done.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-
-/// How many looks at least prove that a batch is not there.
-const LOOKS: u32 = 2;
-
-/// Between two looks, while the settling window lasts.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 
 /// A checked submit, encoded for the vendor.
 pub struct SubmitJob {
@@ -60,7 +56,21 @@ struct Execution<'a> {
     sent: bool,
     /// One of the attempts may have been done although it gave no answer.
     in_doubt: bool,
-    schedule: Schedule,
+    turn: &'a mut Turn,
+    /// While the ledger cannot be used.
+    ledger_pace: Option<Schedule>,
+}
+
+/// What comes next in an execution.
+enum Step {
+    /// An answer was lost, so: look for the batch first.
+    Look(String),
+    Send,
+    Exists(Answer),
+    Settle(Outcome),
+    Defer(Deferral),
+    TakenOver,
+    LetGo,
 }
 
 /// The end of an execution.
@@ -68,18 +78,23 @@ enum Executed {
     Ended(Ending),
     /// It is another worker's now.
     TakenOver,
-    /// The worker is stopping, or the ledger cannot be used.
+    /// It has to wait too long, for the vendor or for the ledger.
+    Deferred(Deferral, Tried),
+    /// The worker is stopping.
     LetGo,
 }
 
-/// The end of a search for a batch.
-enum Reconciled {
-    Found(Answer),
-    /// Surely not there: it is safe to send the submit again.
-    Absent,
-    /// The list could not be read.
-    Unknown(String),
-    TakenOver,
+/// The end of a pause.
+enum Paused {
+    ToTheEnd,
+    /// By a stop, a cancel, or a lost lease.
+    Interrupted,
+}
+
+/// The end of a wait for the ledger.
+enum Waited {
+    TryAgain,
+    TooLong,
     Stopped,
 }
 
@@ -89,29 +104,39 @@ impl Handler {
         message: &CommandMessage,
         command_id: &str,
         job: &SubmitJob,
-        schedule: Schedule,
+        mut turn: Turn,
         stopping: &Stopping,
     ) -> Handled {
         let mut pace = CLAIMING.start();
+        // Of a copy that another has in hand, and where the ledger cannot be read: there is no
+        // horizon, because nothing could be answered that is known to be true.
+        let later = |turn: &Turn| {
+            let earlier = turn.earlier();
+            let tried = Tried { attempts: earlier.attempts, in_doubt: earlier.in_doubt };
+            deferred(message, turn.deferral(Duration::ZERO), tried)
+        };
         loop {
             crash::point(1);
+            let left = turn.left_in_hand();
             let claim = match self.ledger.claim(command_id, job.fingerprint).await {
                 Ok(claim) => claim,
                 Err(error) => {
-                    if wait_for_ledger(&mut pace, command_id, &error, &stopping.soon).await {
-                        continue;
+                    match wait_for_ledger(&mut pace, left, command_id, &error, &stopping.soon).await
+                    {
+                        Waited::TryAgain => continue,
+                        Waited::TooLong => return later(&turn),
+                        Waited::Stopped => return Handled::GivenBack,
                     }
-                    return Handled::GivenBack;
                 }
             };
             let (lease, before) = match claim {
                 Claim::Fresh(lease) => (lease, None),
                 Claim::Abandoned(lease, history) => (lease, Some(history)),
-                // By now whoever has it has held it longer than the broker lets this copy wait.
-                Claim::Held(_) if pace.remaining().is_zero() => return Handled::GivenBack,
+                Claim::Held(_) if left.is_zero() => return later(&turn),
                 Claim::Held(held) => {
                     tokio::select! {
                         () = held.freed(LOOK_AGAIN) => continue,
+                        () = tokio::time::sleep(left) => return later(&turn),
                         () = stopping.soon.cancelled() => return Handled::GivenBack,
                     }
                 }
@@ -123,21 +148,24 @@ impl Handler {
                     return answered(message, command_id, ResultOf::Refusal, ending);
                 }
             };
+            let known = before.map_or(0, |before| before.attempts);
             let execution = Execution {
                 handler: self,
                 job,
                 stopping,
                 lease,
-                attempts: before.map_or(0, |before| before.attempts),
+                attempts: known.max(turn.earlier().attempts),
                 sent: false,
                 in_doubt: before.is_some(),
-                schedule: schedule.clone(),
+                turn: &mut turn,
+                ledger_pace: None,
             };
             match execution.run().await {
                 Executed::Ended(ending) => {
                     return answered(message, command_id, ResultOf::Command, ending);
                 }
                 Executed::TakenOver => {}
+                Executed::Deferred(deferral, tried) => return deferred(message, deferral, tried),
                 Executed::LetGo => return Handled::GivenBack,
             }
         }
@@ -147,81 +175,141 @@ impl Handler {
 impl Execution<'_> {
     async fn run(mut self) -> Executed {
         let left = "the worker that had it in hand ended before it had recorded an answer";
-        let mut doubt = self.in_doubt.then(|| left.to_owned());
-        let mut ledger_pace = None;
+        let mut step = if self.in_doubt { Step::Look(left.to_owned()) } else { Step::Send };
         loop {
-            if let Some(lost) = doubt.take() {
-                match self.reconcile(&lost).await {
-                    Reconciled::Found(answer) => return self.exists(answer).await,
-                    Reconciled::Unknown(asked) => {
-                        let Lost { command_id, name, .. } = &self.job.lost;
-                        let outcome = submit_unknown(command_id, name, &lost, &asked);
-                        return self.settle(outcome).await;
-                    }
-                    Reconciled::TakenOver => return Executed::TakenOver,
-                    Reconciled::Stopped => return self.let_go().await,
-                    // What another worker has tried is no reason to give up.
-                    Reconciled::Absent if self.sent && self.schedule.remaining().is_zero() => {
-                        let reason =
-                            format!("{lost}, and its batch was looked for and is not there");
-                        let outcome = unavailable(self.attempts, &reason);
-                        return self.settle(outcome).await;
-                    }
-                    Reconciled::Absent => self.in_doubt = false,
+            step = match step {
+                Step::Look(lost) => self.look(&lost).await,
+                Step::Send => match self.may_send().await {
+                    None => self.send().await,
+                    Some(step) => step,
+                },
+                Step::Exists(answer) => return self.exists(answer).await,
+                Step::Settle(outcome) => return self.settle(outcome).await,
+                Step::Defer(deferral) => return self.defer(deferral).await,
+                Step::TakenOver => return Executed::TakenOver,
+                Step::LetGo => return self.let_go().await,
+            };
+        }
+    }
+
+    /// Whether a lost answer left a batch.
+    async fn look(&mut self, lost: &str) -> Step {
+        match self.reconcile(lost).await {
+            Reconciled::Found(answer) => Step::Exists(answer),
+            Reconciled::Unknown(asked) => {
+                let Lost { command_id, name, .. } = &self.job.lost;
+                Step::Settle(submit_unknown(command_id, name, lost, &asked))
+            }
+            // What another worker has tried is no reason to give up.
+            Reconciled::Absent if self.sent && self.turn.remaining(Duration::ZERO).is_zero() => {
+                let reason = format!("{lost}, and its batch was looked for and is not there");
+                Step::Settle(unavailable(self.attempts, &reason))
+            }
+            Reconciled::Absent => {
+                self.in_doubt = false;
+                Step::Send
+            }
+            Reconciled::Deferred(deferral) => Step::Defer(deferral),
+            Reconciled::TakenOver => Step::TakenOver,
+            Reconciled::Stopped => Step::LetGo,
+        }
+    }
+
+    /// `None` where the request may leave, now.
+    async fn may_send(&mut self) -> Option<Step> {
+        // Whatever else it would have to wait for.
+        if self.lease.is_struck() {
+            return Some(Step::Settle(struck(self.attempts)));
+        }
+        match self.clearance().await {
+            Clearance::Call => {}
+            Clearance::Defer(deferral) => return Some(Step::Defer(deferral)),
+            Clearance::Expired => return Some(Step::Settle(expired(self.attempts))),
+            Clearance::NoMore(reason) => {
+                return Some(Step::Settle(unavailable(self.attempts, &reason)));
+            }
+            Clearance::Stopped => return Some(Step::LetGo),
+        }
+        match self.lease.before_request(self.attempts + 1).await {
+            Ok(Go::Ahead) => {
+                self.ledger_pace = None;
+                None
+            }
+            Ok(Go::Struck) => Some(Step::Settle(struck(self.attempts))),
+            Ok(Go::Gone) => Some(Step::TakenOver),
+            Err(error) => {
+                let command_id = &self.job.lost.command_id;
+                let pace = self.ledger_pace.get_or_insert_with(|| RECORDING.start());
+                let stop = &self.stopping.claimed;
+                match wait_for_ledger(pace, Duration::MAX, command_id, &error, stop).await {
+                    Waited::TryAgain => Some(Step::Send),
+                    Waited::TooLong => Some(Step::Defer(self.turn.deferral(Duration::ZERO))),
+                    Waited::Stopped => Some(Step::LetGo),
                 }
             }
+        }
+    }
+
+    async fn send(&mut self) -> Step {
+        crash::point(2);
+        self.attempts += 1;
+        self.sent = true;
+        let result = tokio::select! {
+            biased;
+            result = self.handler.vendor.submit(&self.job.request) => result,
+            () = self.stopping.now.cancelled() => {
+                self.in_doubt = true;
+                return Step::LetGo;
+            }
+        };
+        let error = match result {
+            Ok(answer) => return Step::Exists(answer),
+            Err(error) => error,
+        };
+        match then(CommandKind::Submit, error.class()) {
+            Then::Fail => return Step::Settle(failure(&error, self.attempts)),
+            Then::Look => {
+                self.in_doubt = true;
+                return Step::Look(error.to_string());
+            }
+            Then::AskAboutKey => match self.handler.key().await {
+                Key::Accepted => return Step::Settle(failure(&error, self.attempts)),
+                // The breaker is open by now.
+                Key::Refused => return Step::Send,
+                Key::Unknown => {}
+            },
+            Then::Again => {}
+        }
+        match self.turn.next(error.retry_after()) {
+            Next::Wait(wait) => {
+                self.log_retry(&error, wait);
+                self.pause(wait).await;
+                Step::Send
+            }
+            Next::Defer(deferral) => Step::Defer(deferral),
+            Next::Over => Step::Settle(failure(&error, self.attempts)),
+        }
+    }
+
+    /// Waits until the vendor may be called, and keeps the submit meanwhile.
+    async fn clearance(&mut self) -> Clearance {
+        let mut vendor = self.handler.breaker().watch();
+        loop {
             if self.stopping.claimed.is_cancelled() {
-                return self.let_go().await;
+                return Clearance::Stopped;
             }
-            match self.lease.before_request(self.attempts + 1).await {
-                Ok(Go::Ahead) => ledger_pace = None,
-                Ok(Go::Struck) => {
-                    let outcome = struck(self.attempts);
-                    return self.settle(outcome).await;
-                }
-                Ok(Go::Gone) => return Executed::TakenOver,
-                Err(error) => {
-                    let command_id = &self.job.lost.command_id;
-                    let stop = &self.stopping.claimed;
-                    let pace = ledger_pace.get_or_insert_with(|| RECORDING.start());
-                    if wait_for_ledger(pace, command_id, &error, stop).await {
-                        continue;
-                    }
-                    return self.let_go().await;
-                }
-            }
-            crash::point(2);
-            self.attempts += 1;
-            self.sent = true;
-            let result = tokio::select! {
-                biased;
-                result = self.handler.vendor.submit(&self.job.request) => result,
-                () = self.stopping.now.cancelled() => {
-                    self.in_doubt = true;
-                    return self.let_go().await;
-                }
+            let may = self.turn.may_call(CommandKind::Submit, &vendor.borrow_and_update());
+            let limit = match Clearance::of(may) {
+                Ok(clearance) => return clearance,
+                Err(limit) => limit,
             };
-            let error = match result {
-                Ok(answer) => return self.exists(answer).await,
-                Err(error) => error,
-            };
-            match then(CommandKind::Submit, error.class()) {
-                Then::Fail => {
-                    let outcome = failure(&error, self.attempts);
-                    return self.settle(outcome).await;
-                }
-                Then::Look => {
-                    self.in_doubt = true;
-                    doubt = Some(error.to_string());
-                }
-                Then::Again => {
-                    let Some(wait) = self.schedule.next_wait(error.retry_after()) else {
-                        let outcome = failure(&error, self.attempts);
-                        return self.settle(outcome).await;
-                    };
-                    self.log_retry(&error, wait);
-                    self.pause(wait).await;
-                }
+            tokio::select! {
+                changed = vendor.changed() => if changed.is_err() { return Clearance::Stopped },
+                paused = self.pause(limit) => match paused {
+                    Paused::ToTheEnd => {}
+                    // Which it is, is found before the request.
+                    Paused::Interrupted => return Clearance::Call,
+                },
             }
         }
     }
@@ -240,89 +328,21 @@ impl Execution<'_> {
 
     /// Waits, and keeps the submit meanwhile. Ends early where the next step has a reason not to
     /// send: a stop, a cancel, a lost lease.
-    async fn pause(&mut self, wait: Duration) {
+    async fn pause(&mut self, wait: Duration) -> Paused {
         let over = Instant::now() + wait;
         loop {
             let left = over.saturating_duration_since(Instant::now());
             let slice = left.min(self.lease.length() / 4);
             tokio::select! {
                 () = tokio::time::sleep(slice) => {}
-                () = self.stopping.claimed.cancelled() => return,
+                () = self.stopping.claimed.cancelled() => return Paused::Interrupted,
             }
             if slice == left {
-                return;
+                return Paused::ToTheEnd;
             }
             let renewed = self.lease.renew(self.attempts).await;
             if self.lease.is_struck() || matches!(renewed, Ok(None)) {
-                return;
-            }
-        }
-    }
-
-    /// Looks for the batch until it is found, or the settling window has passed without it.
-    async fn reconcile(&mut self, lost: &str) -> Reconciled {
-        let command_id = &self.job.lost.command_id;
-        info!(command_id, reason = lost, "looking in ElevenLabs for the batch of this submit");
-        let window = self.handler.settling_window;
-        // A list that cannot be read late in the horizon gets a window's time more.
-        let horizon = self.schedule.remaining().max(window * 2);
-        let mut pace = Policy { horizon: Some(horizon), ..self.handler.retry }.start();
-        // Since the first look that saw everything: what a vendor that was away shows first may be old.
-        let mut settling: Option<Instant> = None;
-        let mut looks = 0;
-        loop {
-            let began = Instant::now();
-            let age = match self.lease.renew(self.attempts).await {
-                Ok(Some(age)) => age,
-                Ok(None) => return Reconciled::TakenOver,
-                Err(error) => {
-                    if wait_for_ledger(&mut pace, command_id, &error, &self.stopping.claimed).await
-                    {
-                        continue;
-                    }
-                    return Reconciled::Stopped;
-                }
-            };
-            let looking = self.handler.finder.look(&self.job.lost, || age.now());
-            let looked = tokio::select! {
-                biased;
-                looked = timeout(self.lease.length(), looking) => looked,
-                () = keep(&mut self.lease, self.attempts) => return Reconciled::TakenOver,
-                () = self.stopping.now.cancelled() => return Reconciled::Stopped,
-            };
-            let pause = match looked {
-                Ok(Ok(Some(answer))) => {
-                    info!(command_id, batch_id = answer.batch_id, "found");
-                    return Reconciled::Found(answer);
-                }
-                Ok(Ok(None)) => {
-                    looks += 1;
-                    let first = *settling.get_or_insert(began);
-                    if began.duration_since(first) >= window && looks >= LOOKS {
-                        info!(command_id, looks, "not there: it was not created");
-                        return Reconciled::Absent;
-                    }
-                    let left = window.saturating_sub(first.elapsed());
-                    (window / 3).min(left).max(SHORTEST_PAUSE)
-                }
-                failed => {
-                    let (said, cause, asked) = match &failed {
-                        Ok(Err(error)) => (error.to_string(), chain(error), error.retry_after()),
-                        _ => ("it took too long".to_owned(), "too slow".to_owned(), None),
-                    };
-                    let Some(pause) = pace.next_wait(None) else {
-                        return Reconciled::Unknown(said);
-                    };
-                    // One more look when the horizon is over, however long it is asked to wait.
-                    let pause = pause.max(asked.unwrap_or_default()).min(pace.remaining());
-                    let wait_ms = pause.as_millis();
-                    info!(command_id, wait_ms, error = cause, "cannot look; will try again");
-                    pause
-                }
-            };
-            self.pause(pause).await;
-            if self.stopping.claimed.is_cancelled() {
-                return Reconciled::Stopped;
+                return Paused::Interrupted;
             }
         }
     }
@@ -354,9 +374,15 @@ impl Execution<'_> {
                 Err(error) => {
                     let command_id = &self.job.lost.command_id;
                     let stop = &self.stopping.now;
-                    if !wait_for_ledger(&mut pace, command_id, &error, stop).await {
-                        // Whoever gets the command next finds it abandoned, and looks.
-                        return Executed::LetGo;
+                    // Whoever gets the command next finds it abandoned, and looks.
+                    match wait_for_ledger(&mut pace, Duration::MAX, command_id, &error, stop).await
+                    {
+                        Waited::TryAgain => {}
+                        Waited::TooLong => {
+                            let deferral = self.turn.deferral(Duration::ZERO);
+                            return Executed::Deferred(deferral, self.tried());
+                        }
+                        Waited::Stopped => return Executed::LetGo,
                     }
                 }
             }
@@ -364,38 +390,49 @@ impl Execution<'_> {
     }
 
     async fn let_go(self) -> Executed {
+        self.release().await;
+        Executed::LetGo
+    }
+
+    /// Out of this worker's hands for a while; whoever has it then claims it again.
+    async fn defer(self, deferral: Deferral) -> Executed {
+        let tried = self.tried();
+        self.release().await;
+        Executed::Deferred(deferral, tried)
+    }
+
+    fn tried(&self) -> Tried {
+        Tried { attempts: self.attempts, in_doubt: self.in_doubt }
+    }
+
+    async fn release(self) {
         let command_id = &self.job.lost.command_id;
         if let Err(error) = self.lease.release(self.in_doubt).await {
             warn!(command_id, error = chain(&error), "the lease has to run out by itself");
         }
-        Executed::LetGo
     }
 }
 
-/// Keeps the submit for as long as it is awaited; returns when another worker has taken it over.
-async fn keep(lease: &mut Lease, attempts: u32) {
-    loop {
-        tokio::time::sleep(lease.length() / 4).await;
-        if let Ok(None) = lease.renew(attempts).await {
-            return;
-        }
-    }
-}
-
-/// `false` where there is no time left to wait.
+/// Waits a moment for a ledger that cannot be used, `limit` at most.
 async fn wait_for_ledger(
     pace: &mut Schedule,
+    limit: Duration,
     command_id: &str,
     error: &Unavailable,
     stop: &CancellationToken,
-) -> bool {
-    let Some(wait) = pace.next_wait(None) else {
-        warn!(command_id, error = chain(error), "the command goes back to its queue");
-        return false;
+) -> Waited {
+    let wait = pace.next_wait(None).filter(|_| !limit.is_zero());
+    let Some(wait) = wait.map(|wait| wait.min(limit)) else {
+        warn!(
+            command_id,
+            error = chain(error),
+            "the command waits for the ledger in a delay queue"
+        );
+        return Waited::TooLong;
     };
     info!(command_id, wait_ms = wait.as_millis(), error = chain(error), "waiting for the ledger");
     tokio::select! {
-        () = tokio::time::sleep(wait) => true,
-        () = stop.cancelled() => false,
+        () = tokio::time::sleep(wait) => Waited::TryAgain,
+        () = stop.cancelled() => Waited::Stopped,
     }
 }

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
+use uuid::Uuid;
 
 use crate::telemetry::chain;
 
@@ -22,6 +23,9 @@ const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// The same while there is more.
 const FORGET_MORE: Duration = Duration::from_secs(1);
+
+/// How often a store that failed is tried again while nobody asks anything of it.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// One operation and who waits for it.
 pub struct Request {
@@ -69,7 +73,22 @@ impl Group {
         changed.into_iter().collect()
     }
 
-    fn answer(self, committed: Result<(), StoreError>) {
+    /// Writes a row that means nothing and goes with the old ones: reading proves little of a disk
+    /// that is full.
+    fn trial(worker: Uuid) -> Self {
+        let (reply, _nobody_waits) = oneshot::channel();
+        let op = Op::Find { strike: Some(Duration::from_millis(1)) };
+        let command_id = format!("call-manager.trial.{worker}").into();
+        Self::new(vec![Request { command_id, op, reply }])
+    }
+
+    fn answer(self, committed: Result<(), StoreError>, trouble: &watch::Sender<Option<String>>) {
+        let said = committed.as_ref().err().map(|error| chain(error));
+        trouble.send_if_modified(|before| {
+            let changed = before.is_some() != said.is_some();
+            *before = said;
+            changed
+        });
         match committed {
             Ok(()) => {
                 for (request, reply) in self.requests.into_iter().zip(self.replies) {
@@ -93,6 +112,7 @@ pub async fn serve(
     mut store: impl Store,
     mut requests: mpsc::Receiver<Request>,
     retention: Duration,
+    trouble: watch::Sender<Option<String>>,
 ) {
     let mut forget_at = Instant::now();
     loop {
@@ -110,13 +130,15 @@ pub async fn serve(
             forget_at = Instant::now() + if more { FORGET_MORE } else { FORGET_EVERY };
         }
         let mut waiting = Vec::new();
-        match timeout_at(forget_at, requests.recv_many(&mut waiting, MAX_GROUP)).await {
+        let is_in_trouble = trouble.borrow().is_some();
+        let until = if is_in_trouble { Instant::now() + TRY_AGAIN } else { forget_at };
+        let mut group = match timeout_at(until, requests.recv_many(&mut waiting, MAX_GROUP)).await {
+            Err(_) if is_in_trouble => Group::trial(store.worker()),
             Err(_) => continue,
             Ok(0) => return,
-            Ok(_) => {}
-        }
-        let mut group = Group::new(waiting);
+            Ok(_) => Group::new(waiting),
+        };
         let committed = store.commit(&mut group).await;
-        group.answer(committed);
+        group.answer(committed, &trouble);
     }
 }

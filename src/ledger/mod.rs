@@ -165,6 +165,7 @@ struct Inner {
     longest_request: Duration,
     /// The submits that a task of this process has in hand. Closed when it lets go.
     in_hand: Mutex<HashMap<Arc<str>, watch::Receiver<()>>>,
+    trouble: watch::Receiver<Option<String>>,
     serving: TaskTracker,
 }
 
@@ -188,7 +189,8 @@ impl Ledger {
         let (requests, waiting) = mpsc::channel(WAITING);
         let worker = store.worker();
         let serving = TaskTracker::new();
-        let work = group::serve(store, waiting, settings.retention);
+        let (troubled, trouble) = watch::channel(None);
+        let work = group::serve(store, waiting, settings.retention, troubled);
         // A thread of its own: writing to a file blocks.
         serving.spawn_blocking(move || Handle::current().block_on(work));
         serving.close();
@@ -197,8 +199,14 @@ impl Ledger {
             worker,
             longest_request: settings.longest_request,
             in_hand: Mutex::default(),
+            trouble,
             serving,
         }))
+    }
+
+    /// Follows why the ledger cannot be written; `None` while it can. Tried again by itself.
+    pub fn trouble(&self) -> watch::Receiver<Option<String>> {
+        self.0.trouble.clone()
     }
 
     /// Returns when the ledger serves no more: everything is closed, or it failed.
@@ -256,6 +264,32 @@ impl Ledger {
             Reply::Settled(ending) => Found::Settled(read(&ending)?),
             _ => return Err(unexpected()),
         })
+    }
+
+    /// Gives up a submit whose executions all ended with their worker. One that was begun is recorded
+    /// with the ending `if_begun`: nobody executes it any more.
+    pub async fn condemn(
+        &self,
+        command_id: &str,
+        if_begun: impl Fn(History) -> Ending,
+    ) -> Result<Found, Unavailable> {
+        let command_id: Arc<str> = command_id.into();
+        let Ok(_holding) = self.enter(&command_id) else { return Ok(Found::InHand) };
+        let mut ending = None;
+        loop {
+            let op = Op::Condemn { worker: self.0.worker, ending: ending.take() };
+            return Ok(match self.0.ask(&command_id, op).await? {
+                Reply::Nobody => Found::Nobody,
+                Reply::InHand { .. } => Found::InHand,
+                Reply::Settled(ending) => Found::Settled(read(&ending)?),
+                Reply::Yours { history: Some(history), .. } => {
+                    let json = serde_json::to_string(&if_begun(history));
+                    ending = Some(json.map_err(StoreError::Ending)?.into());
+                    continue;
+                }
+                _ => return Err(unexpected()),
+            });
+        }
     }
 
     /// One task of this process at a time: the others wait for it without asking the store. Which

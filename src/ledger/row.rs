@@ -105,6 +105,13 @@ pub enum Op {
         /// A request may have left: whoever comes next has to look for its batch first.
         may_have_left: bool,
     },
+    /// Record how it ended, where somebody has begun it and left no word.
+    Condemn {
+        /// Who asks. What it had in hand itself it has not any more.
+        worker: Uuid,
+        /// As JSON; `None` only asks what was done for it.
+        ending: Option<Arc<str>>,
+    },
     /// See where it stands.
     Find {
         /// Unless it is settled, let nobody begin it so long.
@@ -115,25 +122,25 @@ pub enum Op {
 /// What came of an [`Op`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
-    /// Claim: the caller has it. Renew: still.
+    /// Claim: the caller has it. Renew: still. Condemn: it could.
     Yours {
         /// What there was before: nothing for a fresh claim.
         history: Option<History>,
         /// A cancel came first.
         struck: bool,
     },
-    /// Claim: a live lease of another worker. Find: somebody's.
+    /// Claim, condemn: a live lease of another worker. Find: somebody's.
     InHand {
         /// How long the lease still lasts.
         remaining: Duration,
     },
-    /// It ended so: recorded now (settle), or before.
+    /// It ended so: recorded now (settle, condemn), or before.
     Settled(Arc<str>),
     /// Claim: the id belongs to another body.
     Conflict,
     /// Renew, settle: another worker has taken it over.
     Gone,
-    /// Release: done. Find: nobody has begun it.
+    /// Release: done. Find, condemn: nobody has begun it.
     Nobody,
 }
 
@@ -214,6 +221,27 @@ impl Op {
                     }
                 }
                 Reply::Nobody
+            }
+            Self::Condemn { worker, ending } => {
+                let Some(row) = row else { return Reply::Nobody };
+                match &row.state {
+                    State::Waiting => Reply::Nobody,
+                    State::Settled { ending, .. } => Reply::Settled(Arc::clone(ending)),
+                    State::InHand(hold) if hold.worker != *worker && hold.lease_until > now => {
+                        Reply::InHand { remaining: between(now, hold.lease_until) }
+                    }
+                    State::InHand(hold) => match ending {
+                        None => {
+                            let history = Some(History::of(hold, now));
+                            Reply::Yours { history, struck: is_later(row.struck_until, now) }
+                        }
+                        Some(ending) => {
+                            row.struck_until = None;
+                            row.state = State::Settled { at: now, ending: Arc::clone(ending) };
+                            Reply::Settled(Arc::clone(ending))
+                        }
+                    },
+                }
             }
             Self::Find { strike } => find(row, now, *strike),
         }

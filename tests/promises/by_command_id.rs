@@ -225,7 +225,7 @@ async fn a_cancel_keeps_a_submit_that_waits_to_be_tried_again_from_being_sent() 
     assert_struck(&results["m"]);
     let cancelled = &results["cancel-m"];
     assert_eq!(cancelled.code(), "404 not_found");
-    assert!(cancelled.error().contains("nobody is called"), "{}", cancelled.error());
+    assert!(cancelled.error().contains("cancelled_before_submit"), "{}", cancelled.error());
     assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (1, 0));
     world.finish().await;
 }

@@ -16,11 +16,15 @@ mod by_command_id;
 mod commands;
 #[cfg(feature = "crash-points")]
 mod crash;
+mod deferral;
 mod documents;
 mod examples;
 mod ledger;
 mod ledger_open;
+mod long;
 mod mutations;
+mod not_after;
+mod outages;
 mod process;
 mod races;
 mod reconcile;

@@ -25,6 +25,7 @@ fn the_retry_class_of_every_http_status() {
                 Then::Fail => "-",
                 Then::Again => "again",
                 Then::Look => "look",
+                Then::AskAboutKey => "key?",
             };
             format!(
                 "{:<11} submit {:<5}  cancel {:<5}  get {:<5}",
@@ -209,19 +210,21 @@ fn short(settings: &mut Settings) {
 
 #[tokio::test]
 async fn past_the_horizon_a_get_is_unavailable_and_a_cancel_in_doubt_says_so() {
-    let mut world = World::with(short).await;
-    let id = world.submitted().await;
-    world.sandbox.order(Fault::on(Route::Any, status(503)).until_cleared());
-    let got = world.ask(CommandKind::Get, &json!({"batch_id": id})).await;
-    assert_eq!(got.code(), "500 upstream_unavailable");
-    let cancelled = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
-    assert_eq!(cancelled.code(), "500 outcome_unknown");
-    assert!(cancelled.error().contains("People may still be called"), "{}", cancelled.error());
-    world.sandbox.clear_faults();
-    world.sandbox.order(Fault::on(Route::Any, status(429)).until_cleared());
-    let cancelled = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
-    assert_eq!(cancelled.code(), "500 upstream_unavailable", "a 429 did surely nothing");
-    world.finish().await;
+    for (kind, http, code) in [
+        (CommandKind::Get, 503, "500 upstream_unavailable"),
+        (CommandKind::Cancel, 503, "500 outcome_unknown"),
+        // A 429 did surely nothing.
+        (CommandKind::Cancel, 429, "500 upstream_unavailable"),
+    ] {
+        let mut world = World::with(short).await;
+        let id = world.submitted().await;
+        world.sandbox.order(Fault::on(Route::Any, status(http)).until_cleared());
+        let result = world.ask(kind, &json!({"batch_id": id})).await;
+        assert_eq!(result.code(), code, "{kind}, HTTP {http}: {}", result.body);
+        let in_doubt = code.ends_with("unknown");
+        assert_eq!(result.error().contains("People may still be called"), in_doubt);
+        world.finish().await;
+    }
 }
 
 #[tokio::test]

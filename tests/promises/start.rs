@@ -49,15 +49,15 @@ async fn complaint(environment: &[(&str, &str)]) -> String {
     said[0].to_owned()
 }
 
-/// A worker in a process of its own.
-struct Process {
+/// A worker in a process of its own, whose health can be asked for.
+pub struct Process {
     child: Child,
     address: String,
     log: BufReader<tokio::process::ChildStderr>,
 }
 
 impl Process {
-    async fn start(world: &World, more: &[(&str, &str)]) -> Self {
+    pub async fn start(world: &World, more: &[(&str, &str)]) -> Self {
         let settings = world.settings();
         let (url, vendor) = (amqp_url(), world.sandbox.base_url());
         let ledger = settings.ledger.place.to_string();
@@ -85,7 +85,7 @@ impl Process {
         Self { child, address, log }
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let pid = self.child.id().unwrap().to_string();
         let sent = std::process::Command::new("kill").args(["-s", name, &pid]).status().unwrap();
         assert!(sent.success());
@@ -102,7 +102,7 @@ impl Process {
     }
 
     /// The exit code, and the rest of the log.
-    async fn ended(mut self) -> (Option<i32>, String) {
+    pub async fn ended(mut self) -> (Option<i32>, String) {
         let mut log = String::new();
         let waiting = async {
             self.log.read_to_string(&mut log).await.unwrap();
@@ -112,7 +112,7 @@ impl Process {
         (status.code(), log)
     }
 
-    async fn get(&self, path: &str) -> (u16, Value) {
+    pub async fn get(&self, path: &str) -> (u16, Value) {
         let response = reqwest::Client::builder().no_proxy().timeout(LIMIT).build().unwrap();
         let response = response.get(format!("http://{}{path}", self.address)).send().await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap())

@@ -71,7 +71,7 @@ async fn a_stop_does_not_wait_for_commands_that_wait_to_be_tried_again() {
     let limited = Effect::vendor_error(429, "system_busy", "Busy");
     world.sandbox.order(Fault::on(Route::Submit, limited).until_cleared());
     publish_fifty(&world).await;
-    until("all fifty were turned away", async || world.sandbox.requests().len() >= 50).await;
+    until("some were turned away", async || world.sandbox.requests().len() >= 5).await;
     let started = Instant::now();
     world.stop_worker().await;
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());

@@ -270,8 +270,8 @@ impl World {
         if self.worker.is_some() {
             self.stop_worker().await;
         }
-        let queues = CommandKind::ALL.map(|kind| self.topology.queue(kind));
-        for name in queues.iter().chain([&self.topology.dead_letter()]) {
+        let unrouted = self.topology.unrouted();
+        for name in self.topology.queue_names().iter().filter(|name| **name != unrouted) {
             // What a consumer leaves unsettled returns in the step that removes the consumer.
             until("the consumers are gone", async || self.queue(name).await.1 == 0).await;
             assert_eq!(self.queue(name).await.0, 0, "{name} is empty");
@@ -280,22 +280,12 @@ impl World {
     }
 
     pub async fn clean_up(self) {
-        let names = CommandKind::ALL.map(|kind| self.topology.queue(kind));
-        for queue in
-            names.into_iter().chain([self.topology.dead_letter(), self.topology.unrouted()])
-        {
+        for queue in self.topology.queue_names() {
             self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
         }
-        for exchange in [
-            self.topology.commands_exchange(),
-            self.topology.results_exchange(),
-            self.topology.dead_letter(),
-            self.topology.unrouted(),
-        ] {
-            self.channel
-                .exchange_delete(exchange.into(), ExchangeDeleteOptions::default())
-                .await
-                .unwrap();
+        for exchange in self.topology.exchange_names() {
+            let options = ExchangeDeleteOptions::default();
+            self.channel.exchange_delete(exchange.into(), options).await.unwrap();
         }
         self.connection.close(200, "done".into()).await.unwrap();
         self.sandbox.stop().await;

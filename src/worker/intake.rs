@@ -1,0 +1,59 @@
+//! Whether fresh commands are taken: not while ElevenLabs or the ledger cannot be used.
+
+use tokio::sync::watch;
+
+use crate::domain::command::CommandKind;
+use crate::handler::VendorState as State;
+
+/// Follows what commands need.
+#[derive(Clone)]
+pub struct Intake {
+    vendor: watch::Receiver<State>,
+    ledger: watch::Receiver<Option<String>>,
+}
+
+impl Intake {
+    pub fn new(vendor: watch::Receiver<State>, ledger: watch::Receiver<Option<String>>) -> Self {
+        Self { vendor, ledger }
+    }
+
+    /// Whether fresh commands of this kind are taken.
+    pub fn takes(&self, kind: CommandKind) -> bool {
+        // Only a submit cannot do without the ledger.
+        self.vendor.borrow().lets_through(kind)
+            && (kind != CommandKind::Submit || self.ledger.borrow().is_none())
+    }
+
+    /// Why ElevenLabs cannot be used.
+    pub fn vendor(&self) -> Option<String> {
+        match &*self.vendor.borrow() {
+            State::Closed => None,
+            State::HalfOpen => Some("answers again; cancels go first".to_owned()),
+            State::Open(outage) => Some(outage.reason.clone()),
+        }
+    }
+
+    /// Why the ledger cannot be written.
+    pub fn ledger(&self) -> Option<String> {
+        self.ledger.borrow().clone()
+    }
+
+    /// Returns at the next change; never where who could change it is gone.
+    pub async fn changed(&mut self) {
+        let changed = tokio::select! {
+            changed = self.vendor.changed() => changed,
+            changed = self.ledger.changed() => changed,
+        };
+        if changed.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Returns when the vendor has just been found to answer again.
+    pub async fn half_open(&mut self) {
+        let is_half_open = |state: &State| matches!(state, State::HalfOpen);
+        if self.vendor.wait_for(is_half_open).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! One command from its delivery to its ack: executed, deferred, or given up as poison.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::{error, info, warn};
+
+use crate::broker::{Delay, Delivery, PublishError};
+use crate::crash;
+use crate::domain::Earlier;
+use crate::domain::command::CommandMessage;
+use crate::domain::result::{ErrorCode, ResultEvent};
+use crate::handler::Handled;
+use crate::retry::Policy;
+use crate::telemetry::chain;
+
+use super::{Link, Shared, wait};
+
+/// How fast to publish again what a full queue refused.
+const REPUBLISH: Policy =
+    Policy { initial: Duration::from_millis(100), max: Duration::from_secs(5), horizon: None };
+
+/// A command that came back so often may be what ends its workers.
+const SUSPECT: u32 = 3;
+
+/// How many of the least suspicious ones may be in hand at a time.
+const SUSPECTS: u32 = 16;
+
+/// How long one waits before it is executed: what was delivered along with it is out of this worker's
+/// hands by then, or done.
+const SUSPECT_WAITS: Duration = Duration::from_secs(1);
+
+/// One that came back so often is not executed any more. Lost connections count as well, so this is
+/// far above what those make of one command; the broker's own limit is above it.
+const POISON: u32 = 20;
+
+/// The permits that suspects share.
+pub fn suspects() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(SUSPECTS as usize))
+}
+
+/// One command from delivery to ack. The order is the promise: the result is confirmed before the
+/// command is acknowledged, so a crash in between repeats a result and loses none.
+pub async fn settle(
+    shared: Arc<Shared>,
+    delivery: Delivery,
+    link: Link,
+    _permit: OwnedSemaphorePermit,
+) {
+    let started = Instant::now();
+    let message = &delivery.message;
+    let (event, reason) = match handled(&shared, message, &link).await {
+        Handled::Answered(event) => (event, None),
+        Handled::Condemned { event, reason } => (event, Some(reason)),
+        Handled::Deferred { wait, earlier } => {
+            return defer(&delivery, &link, wait, &earlier).await;
+        }
+        Handled::GivenBack => return delivery.give_back().await,
+    };
+    crash::point(6);
+    let event = match publish(&link, event).await {
+        Ok(event) => event,
+        Err(error) => return lose(&delivery, &link, &error),
+    };
+    if let Some(reason) = &reason {
+        error!(message_id = message.producer_id(), reason, "goes to the dead-letter queue");
+        if let Err(error) = link.publisher.dead_letter(&delivery, reason).await {
+            return lose(&delivery, &link, &error);
+        }
+    }
+    crash::point(8);
+    if let Some(queue) = &message.reply_to {
+        // The result is safe: a reply that hangs must not cost the ack.
+        tokio::select! {
+            () = link.publisher.reply(&event, queue) => {}
+            () = link.stopping.now.cancelled() => {}
+        }
+    }
+    if let Err(error) = delivery.ack().await {
+        warn!(command_id = event.command_id, %error);
+        link.lost.cancel();
+        return;
+    }
+    info!(
+        command = event.kind.name(),
+        command_id = event.command_id,
+        batch_id = event.batch_id(),
+        status_code = event.status_code(),
+        error_code = event.error_code().map(ErrorCode::name),
+        attempts = event.ending.attempts,
+        took_ms = started.elapsed().as_millis(),
+        "answered"
+    );
+}
+
+/// Executes it, unless it came back too often.
+async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) -> Handled {
+    let deliveries = message.redeliveries.saturating_add(message.earlier.deliveries);
+    if deliveries >= POISON {
+        return shared.handler.condemn(message, deliveries).await;
+    }
+    let suspect = deliveries.checked_sub(SUSPECT).map(|more| {
+        // 1, 2, 4, 8, and then all of them: among so many, the one that ends workers is found by
+        // halves.
+        let weight = 1_u32.checked_shl(more).unwrap_or(SUSPECTS).min(SUSPECTS);
+        Arc::clone(&shared.suspects).try_acquire_many_owned(weight)
+    });
+    // Out of this worker's hands, so that it is not there when the worker ends.
+    let Ok(among_few) = suspect.transpose() else {
+        let earlier = message.earlier.set_aside(deliveries);
+        return Handled::Deferred { wait: Duration::ZERO, earlier };
+    };
+    if among_few.is_some() {
+        tokio::select! {
+            () = tokio::time::sleep(SUSPECT_WAITS) => {}
+            () = link.stopping.soon.cancelled() => return Handled::GivenBack,
+        }
+    }
+    crash::on(message.producer_id());
+    shared.handler.handle(Arc::clone(message), &link.stopping).await
+}
+
+/// To a delay queue, and only then acknowledged.
+async fn defer(delivery: &Delivery, link: &Link, wait: Duration, earlier: &Earlier) {
+    let delay = Delay::of(wait);
+    if let Err(error) = link.publisher.defer(delivery, delay, earlier).await {
+        return lose(delivery, link, &error);
+    }
+    let message = &delivery.message;
+    if let Err(error) = delivery.ack().await {
+        warn!(message_id = message.producer_id(), %error);
+        link.lost.cancel();
+        return;
+    }
+    info!(
+        command = message.kind().name(),
+        message_id = message.producer_id(),
+        attempts = earlier.attempts,
+        delay_s = delay.duration().as_secs(),
+        "deferred"
+    );
+}
+
+fn lose(delivery: &Delivery, link: &Link, error: &PublishError) {
+    let message_id = delivery.message.producer_id();
+    warn!(message_id, error = chain(error), "will be delivered again");
+    link.lost.cancel();
+}
+
+/// Publishes until the broker has the result or the generation ends; returns what was published.
+async fn publish(
+    link: &Link,
+    mut event: Arc<ResultEvent>,
+) -> Result<Arc<ResultEvent>, PublishError> {
+    let mut pace = REPUBLISH.start();
+    loop {
+        match link.publisher.publish(&event).await {
+            Ok(()) => return Ok(event),
+            Err(PublishError::TooLarge { bytes }) => {
+                warn!(
+                    command_id = event.command_id,
+                    bytes, "the broker takes no such large message"
+                );
+                event = Arc::new(event.too_large(bytes));
+            }
+            Err(error @ PublishError::Refused) => {
+                warn!(command_id = event.command_id, %error, "trying again");
+                // A stop alone is no reason: unpublished, the command would be executed again.
+                if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
+                    return Err(error);
+                }
+                tokio::select! {
+                    () = wait(&mut pace, &link.stopping.now) => {}
+                    () = link.lost.cancelled() => {}
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}

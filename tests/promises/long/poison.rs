@@ -1,0 +1,99 @@
+//! A command that ends its workers is given up with a result, and takes no other along.
+
+use std::collections::HashMap;
+
+use call_manager::domain::command::CommandKind;
+use elevenlabs_sandbox::{Effect, Fault, Route};
+use lapin::options::BasicGetOptions;
+use lapin::types::{AMQPValue, FieldTable};
+
+use crate::process::Process;
+use crate::support::{World, submit_body, until, with_id};
+
+const SUBMIT: CommandKind = CommandKind::Submit;
+
+/// After so many times it is not executed any more.
+const TIMES: usize = 20;
+
+#[tokio::test]
+async fn poison_is_dead_lettered_with_a_reason_and_takes_no_other_command_along() {
+    const OTHERS: usize = 40;
+    let mut world = World::without_worker().await;
+    let body = submit_body().to_string();
+    // Each attempt takes a while, so that whatever is in hand is there when the worker dies.
+    let slow = Effect::Latency(std::time::Duration::from_millis(300));
+    world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
+    let mut headers = FieldTable::default();
+    headers.insert("campaign".into(), AMQPValue::LongString("autumn".into()));
+    let properties = with_id("poison").with_headers(headers).with_correlation_id("for it".into());
+    for n in 0..OTHERS / 2 {
+        world.publish(SUBMIT, body.as_bytes(), with_id(&format!("m-{n}"))).await;
+    }
+    world.publish(SUBMIT, body.as_bytes(), properties).await;
+    for n in OTHERS / 2..OTHERS {
+        world.publish(SUBMIT, body.as_bytes(), with_id(&format!("m-{n}"))).await;
+    }
+
+    let ledger = world.ledger_url();
+    for _ in 0..TIMES {
+        Process::start(&world, &ledger, &[("CRASH_ON", "poison")]).killed().await;
+    }
+    let survivor = Process::consuming(&world, &ledger, &[("CRASH_ON", "poison")]).await;
+    let mut results = HashMap::new();
+    while results.len() < OTHERS + 1 {
+        let result = world.next_result().await;
+        results.insert(result.command_id(), result);
+    }
+    let poison = results.remove("poison").unwrap();
+    assert_eq!(poison.code(), "500 poison_message");
+    assert!(poison.error().contains("Nothing was sent to ElevenLabs"), "{}", poison.error());
+    let wrong = results.values().find(|result| result.code() != "200");
+    assert!(wrong.is_none(), "{}", wrong.unwrap().body);
+    assert_eq!(world.sandbox.batches().len(), OTHERS, "one each");
+
+    let queue = world.topology.dead_letter();
+    let options = BasicGetOptions { no_ack: true };
+    let dead = world.channel.basic_get(queue.into(), options).await.unwrap().unwrap();
+    assert_eq!(dead.data, body.as_bytes());
+    assert_eq!(dead.properties.message_id().as_ref().unwrap().as_str(), "poison");
+    assert_eq!(dead.properties.correlation_id().as_ref().unwrap().as_str(), "for it");
+    let headers = dead.properties.headers().as_ref().unwrap().inner();
+    let text =
+        |name: &str| headers.get(name).and_then(AMQPValue::as_long_string).unwrap().to_string();
+    assert_eq!(text("campaign"), "autumn");
+    let reason = text("x-call-manager-reason");
+    assert!(reason.starts_with("poison_message: it came back"), "{reason}");
+    let ours = headers.keys().filter(|name| name.as_str().starts_with("x-call-manager"));
+    assert_eq!(ours.count(), 1, "published again, it begins anew: {headers:?}");
+    survivor.stop().await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_submit_that_was_begun_is_not_called_undone_because_it_is_poison() {
+    let mut world = World::without_worker().await;
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
+    let ledger = world.ledger_url();
+    // Its request has left when the worker dies.
+    world.sandbox.order(Fault::on(Route::Submit, Effect::Hang { processed: true }));
+    let first = Process::consuming(&world, &ledger, &[]).await;
+    until("it is at ElevenLabs", async || world.requests(Route::Submit) == 1).await;
+    first.kill().await;
+    for _ in 1..TIMES {
+        Process::start(&world, &ledger, &[("CRASH_ON", "m")]).killed().await;
+    }
+    let survivor = Process::consuming(&world, &ledger, &[("CRASH_ON", "m")]).await;
+    let result = world.next_result().await;
+    assert_eq!(result.code(), "500 outcome_unknown");
+    assert!(result.error().contains("call_manager_command_id = \"m\""), "{}", result.error());
+    survivor.stop().await;
+    // For good.
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
+    let other = Process::consuming(&world, &ledger, &[]).await;
+    result.assert_repeats(&world.next_result().await);
+    assert_eq!(world.requests(Route::Submit), 1, "it is not sent again");
+    other.stop().await;
+    let dead = world.topology.dead_letter();
+    assert_eq!(world.queue(&dead).await.0, 1);
+    world.clean_up().await;
+}
