@@ -9,6 +9,11 @@ BROKER_IS_PRIVATE=no
 # Sees to a broker and exports its AMQP_URL.
 ensure_broker() {
     local url=${AMQP_URL:-$DEFAULT_AMQP_URL} host port=5672
+    if [[ -n ${CALL_MANAGER_RABBITMQ:-} ]]; then
+        say "broker: RabbitMQ $CALL_MANAGER_RABBITMQ is asked for, so this run gets a private one"
+        start_private_broker
+        return
+    fi
     if [[ $url == amqps://* ]]; then port=5671; fi
     read -r host port < <(address_of "$url" "$port")
     if [[ $url == amqps://* ]] || speaks_amqp "$host" "$port"; then
@@ -35,7 +40,26 @@ speaks_amqp() {
 
 # The server itself, not the wrapper on the PATH, which changes to the system's rabbitmq user and directories.
 readonly RABBITMQ_LIB=/usr/lib/rabbitmq/bin
-find_rabbitmq() { [[ -x $RABBITMQ_LIB/rabbitmq-server ]]; }
+
+# What a command is put behind to run where the server is installed, and that place: both empty for the packaged one.
+INSIDE=()
+RABBITMQ_ROOT=
+
+find_rabbitmq() { [[ -x $RABBITMQ_ROOT$RABBITMQ_LIB/rabbitmq-server ]]; }
+
+# Sees to the programs of the server that $CALL_MANAGER_RABBITMQ names: 4, or empty for the packaged one.
+ensure_rabbitmq() {
+    case ${CALL_MANAGER_RABBITMQ:-} in
+    '') ;;
+    4)
+        ensure_rabbitmq_4
+        return
+        ;;
+    *) die "CALL_MANAGER_RABBITMQ is 4 or empty, not $CALL_MANAGER_RABBITMQ" ;;
+    esac
+    find_rabbitmq || install_packages "RabbitMQ is not installed" rabbitmq-server
+    find_rabbitmq || die "rabbitmq-server was installed, but is not in $RABBITMQ_LIB"
+}
 
 start_private_broker() {
     local pid
@@ -54,20 +78,35 @@ start_private_broker() {
 # own. The file start-broker in $BROKER_HOME becomes the node, the same one every time; the file rabbitmqctl there
 # commands it. Exports its AMQP_URL.
 prepare_private_broker() {
-    local home amqp_port dist_port epmd_port
-    find_rabbitmq || install_packages "RabbitMQ is not installed" rabbitmq-server
-    find_rabbitmq || die "rabbitmq-server was installed, but is not in $RABBITMQ_LIB"
+    prepare_nodes 1
+    readonly BROKER_HOME=${NODE_HOMES[0]} BROKER_PORT=${NODE_PORTS[0]}
+    export AMQP_URL=${NODE_URLS[0]}
+}
+
+# prepare_nodes <number>: as many such nodes, which share a cookie and a port mapper, so that they may become a cluster.
+# Sets $NODE_HOMES, $NODE_PORTS and $NODE_URLS.
+prepare_nodes() {
+    local epmd_port cookie number
+    ensure_rabbitmq
+    free_port
+    epmd_port=$REPLY
+    cookie=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+    NODE_HOMES=() NODE_PORTS=() NODE_URLS=()
+    for ((number = 0; number < $1; number++)); do prepare_node "$epmd_port" "$cookie"; done
+    start 5 "${INSIDE[@]}" epmd -address 127.0.0.1 -port "$epmd_port" >"${NODE_HOMES[0]}/epmd.log" 2>&1
+}
+
+# prepare_node <port of epmd> <cookie>
+prepare_node() {
+    local epmd_port=$1 home amqp_port dist_port
     scratch broker
     home=$REPLY
     free_port
     amqp_port=$REPLY
     free_port
     dist_port=$REPLY
-    free_port
-    epmd_port=$REPLY
 
-    write_broker_settings "$home" "$amqp_port"
-    start 5 epmd -address 127.0.0.1 -port "$epmd_port" >"$home/epmd.log" 2>&1
+    write_broker_settings "$home" "$amqp_port" "$2"
 
     local environment=(
         PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 HOME="$home"
@@ -79,6 +118,8 @@ prepare_private_broker() {
         RABBITMQ_CONFIG_FILES="$home/conf.d"
         RABBITMQ_ADVANCED_CONFIG_FILE="$home/advanced.config"
         RABBITMQ_CONF_ENV_FILE="$home/rabbitmq-env.conf"
+        # Of all the plugins that there are, none: to look through them takes a third of the start.
+        RABBITMQ_PLUGINS_DIR="$home/plugins"
         RABBITMQ_ENABLED_PLUGINS_FILE="$home/enabled_plugins"
         RABBITMQ_GENERATED_CONFIG_DIR="$home/generated"
         RABBITMQ_MNESIA_BASE="$home/mnesia"
@@ -91,11 +132,12 @@ prepare_private_broker() {
         RABBITMQ_ALLOW_INPUT=1
         RABBITMQ_CTL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}'
     )
-    write_command "$home/start-broker" env -i "${environment[@]}" "$RABBITMQ_LIB/rabbitmq-server" -noinput
-    write_command "$home/rabbitmqctl" env -i "${environment[@]}" "$RABBITMQ_LIB/rabbitmqctl"
-
-    readonly BROKER_HOME=$home BROKER_PORT=$amqp_port
-    export AMQP_URL=amqp://guest:guest@127.0.0.1:$amqp_port/%2f
+    local inside=("${INSIDE[@]}" env -i "${environment[@]}")
+    write_command "$home/start-broker" "${inside[@]}" "$RABBITMQ_LIB/rabbitmq-server" -noinput
+    write_command "$home/rabbitmqctl" "${inside[@]}" "$RABBITMQ_LIB/rabbitmqctl"
+    NODE_HOMES+=("$home")
+    NODE_PORTS+=("$amqp_port")
+    NODE_URLS+=("amqp://guest:guest@127.0.0.1:$amqp_port/%2f")
 }
 
 # write_command <file> <command…>: an executable file that becomes the command, with the words it is called with added.
@@ -107,13 +149,15 @@ write_command() {
     chmod 755 -- "$file"
 }
 
-# write_broker_settings <home> <amqp port>
+# write_broker_settings <home> <amqp port> <cookie>
 write_broker_settings() {
     local home=$1
-    mkdir -p -- "$home"/{conf.d,generated,mnesia,log}
+    mkdir -p -- "$home"/{conf.d,generated,mnesia,log,plugins}
+    local schemas=("$RABBITMQ_ROOT"/usr/lib/rabbitmq/lib/rabbitmq_server-*/plugins/rabbit-[0-9]*)
+    ln -s -- "${schemas[0]#"$RABBITMQ_ROOT"}" "$home/plugins/"
     : >"$home/rabbitmq-env.conf"
     echo '[].' >"$home/enabled_plugins"
-    (umask 077 && od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >"$home/.erlang.cookie")
+    (umask 077 && printf '%s' "$3" >"$home/.erlang.cookie")
     cat >"$home/rabbitmq.conf" <<CONF
 listeners.tcp.local = 127.0.0.1:$2
 # Small enough for a test to pass it, and larger than any body the tests publish.

@@ -12,6 +12,8 @@ readonly STATE=$ROOT/target/script
 
 # shellcheck source=script/broker.sh
 source "$ROOT/script/broker.sh"
+# shellcheck source=script/rabbitmq4.sh
+source "$ROOT/script/rabbitmq4.sh"
 # shellcheck source=script/postgres.sh
 source "$ROOT/script/postgres.sh"
 # shellcheck source=script/service.sh
@@ -192,16 +194,22 @@ address_of() {
 
 # ---- packages ------------------------------------------------------------------------------------------------------
 
+# become_root: what a command is put behind to run as root, in $AS_ROOT; fails where that is not possible.
+become_root() {
+    AS_ROOT=()
+    if ((EUID == 0)); then return; fi
+    run sudo -n true 2>/dev/null || return
+    AS_ROOT=(sudo -n)
+}
+
 # install_packages <reason> <package…>: from the distribution, or an error that says what to install.
 install_packages() {
     local reason=$1 root=()
     shift
     local by_hand="$reason. Install it yourself: apt-get install --no-install-recommends $*"
     command -v apt-get >/dev/null || die "$by_hand (or what your system calls it)"
-    if ((EUID != 0)); then
-        run sudo -n true 2>/dev/null || die "$by_hand (as root: there is no sudo without a password here)"
-        root=(sudo -n)
-    fi
+    become_root || die "$by_hand (as root: there is no sudo without a password here)"
+    root=("${AS_ROOT[@]}")
 
     say "$reason: installing $* with apt-get"
     lock packages

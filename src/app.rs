@@ -103,6 +103,12 @@ pub fn broker_settings(settings: BrokerSettings) -> broker::Settings {
     broker::Settings {
         url: settings.amqp_url,
         prefix: settings.amqp_prefix,
+        declares_topology: settings.declares_topology,
+        tls: broker::TlsFiles {
+            authorities: settings.ca_file,
+            certificate: settings.cert_file,
+            key: settings.key_file,
+        },
         prefetch: settings.prefetch,
     }
 }

@@ -43,6 +43,11 @@ enum Action {
     /// Exit code 0: it succeeded; 1: it failed; 2: it could not be asked, or no result came.
     #[command(subcommand)]
     Request(Request),
+    /// Print every exchange, queue and binding as RabbitMQ definitions (JSON).
+    ///
+    /// For those who create them without the worker (TOPOLOGY=check), with `rabbitmqctl
+    /// import_definitions` or on the management page. The virtual host is that of `AMQP_URL`.
+    Topology,
     /// Ask the worker on this machine whether it is ready (for container health checks).
     Healthcheck,
 }
@@ -104,6 +109,7 @@ impl Cli {
         let (result, code_of_error) = match self.command {
             None | Some(Action::Worker) => (worker(config).await, FAILED),
             Some(Action::Request(request)) => (ask(config, request).await, NOT_ASKED),
+            Some(Action::Topology) => (topology(config), FAILED),
             Some(Action::Healthcheck) => (healthcheck(config).await, FAILED),
         };
         result.unwrap_or_else(|error| {
@@ -150,6 +156,13 @@ async fn ask(config: Option<&Path>, request: Request) -> anyhow::Result<ExitCode
         AskError::in_doubt("there is a result, but it cannot be printed", &message_id)
     })?;
     Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+fn topology(config: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let (broker, _) = Sources::read(config).request()?;
+    let definitions = broker::definitions(&app::broker_settings(broker))?;
+    writeln!(std::io::stdout(), "{definitions}").context("it cannot be printed")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 impl BatchArgs {

@@ -8,10 +8,14 @@ use std::time::Duration;
 
 use config::{Config, Environment, File, FileFormat, Source};
 use jiff::SignedDuration;
-use secrecy::{ExposeSecret as _, SecretString};
+use secrecy::SecretString;
 use url::Url;
 
 use crate::telemetry::LogFormat;
+
+mod broker;
+
+pub use broker::BrokerSettings;
 
 const DEFAULTS: &str = include_str!("config.default.toml");
 
@@ -53,19 +57,6 @@ pub struct Settings {
     pub shutdown_grace: Duration,
     /// How to log.
     pub log: LogSettings,
-}
-
-/// What every command line that talks to the broker needs.
-#[derive(Debug)]
-pub struct BrokerSettings {
-    /// Has the password in it.
-    pub amqp_url: SecretString,
-    /// The same without the password.
-    pub shown_url: String,
-    /// The first word of every exchange and queue name.
-    pub amqp_prefix: String,
-    /// Commands in hand per queue, 1 to 2000.
-    pub prefetch: u16,
 }
 
 /// What remembers submits.
@@ -240,7 +231,7 @@ impl Sources {
         self.end(settings)
     }
 
-    /// What a request needs.
+    /// What a request, or anything else that concerns the broker alone, needs.
     pub fn request(mut self) -> Result<(BrokerSettings, LogSettings), Faults> {
         let settings = (self.broker_settings(), self.log_settings());
         self.end(settings)
@@ -266,40 +257,6 @@ impl Sources {
     fn port(&mut self) -> u16 {
         let port = self.parse("port", "a port from 0 to 65535", "3099", |text| text.parse().ok());
         port.unwrap_or_default()
-    }
-
-    fn broker_settings(&mut self) -> BrokerSettings {
-        let amqp_url = SecretString::from(self.text("amqp_url"));
-        let shown_url = match shown_amqp_url(amqp_url.expose_secret()) {
-            Ok(shown) => shown,
-            Err(reason) => {
-                // Without the value: it has the password in it.
-                self.fault(&format!(
-                    "AMQP_URL {reason}; example: AMQP_URL=amqp://user:password@127.0.0.1:5672/%2f"
-                ));
-                String::new()
-            }
-        };
-        let amqp_prefix = self.parse(
-            "amqp_prefix",
-            "1 to 100 letters, digits, _, - or .",
-            "call-manager",
-            |text| {
-                let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
-                let good = (1..=100).contains(&text.len()) && text.bytes().all(allowed);
-                // The broker keeps names that begin with amq. for itself.
-                (good && !text.starts_with("amq.")).then(|| text.to_owned())
-            },
-        );
-        let prefetch = self.parse("prefetch", "a number from 1 to 2000", "64", |text| {
-            text.parse().ok().filter(|n| (1..=2000).contains(n))
-        });
-        BrokerSettings {
-            amqp_url,
-            shown_url,
-            amqp_prefix: amqp_prefix.unwrap_or_default(),
-            prefetch: prefetch.unwrap_or(1),
-        }
     }
 
     fn ledger_settings(&mut self) -> LedgerSettings {
@@ -438,27 +395,6 @@ fn ledger_place(text: &str) -> Option<LedgerPlace> {
         return Some(LedgerPlace::Postgres { url: text.to_owned().into(), shown });
     }
     (text == "memory:").then_some(LedgerPlace::Memory)
-}
-
-/// The URL without its password, or what is wrong with it.
-fn shown_amqp_url(text: &str) -> Result<String, &'static str> {
-    let mut url: Url = text.parse().map_err(|_| "is not a URL")?;
-    if !matches!(url.scheme(), "amqp" | "amqps") {
-        return Err("does not begin with amqp:// or amqps://");
-    }
-    if url.host().is_none() {
-        return Err("names no host");
-    }
-    // "amqp://u:12#rest@h" reads as a port and a fragment: the rest of a password.
-    let no_user = url.username().is_empty() && url.password().is_none();
-    if url.fragment().is_some() || (no_user && url.path().contains('@')) {
-        return Err("has a # or / in its password; write them %23 and %2f");
-    }
-    if url.password().is_some() {
-        url.set_password(Some("***")).map_err(|()| "cannot have a password")?;
-    }
-    url.set_query(None);
-    Ok(url.to_string())
 }
 
 #[expect(clippy::expect_used, reason = "a constant that a test reads")]

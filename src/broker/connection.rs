@@ -18,6 +18,7 @@ use crate::domain::command::CommandKind;
 use super::consumer::Lane;
 use super::publisher::Publisher;
 use super::pulse::Pulse;
+use super::tls::TlsFiles;
 use super::topology::Topology;
 use super::transport;
 use super::{CALL_LIMIT, CONNECT_LIMIT, Error, HEARTBEAT, Settings};
@@ -36,34 +37,46 @@ pub struct Generation {
     consuming: Connection,
 }
 
-/// Connects, declares the topology and starts to consume.
+/// Connects, declares or checks the topology and starts to consume.
 pub async fn open(settings: &Settings) -> Result<Generation, Error> {
     let uri = parse(settings.url.expose_secret())?;
     let at = address(&uri);
-    within(CONNECT_LIMIT, &at, build(settings, uri)).await
+    let opening = async {
+        let of = |error| Error::of(error, &at);
+        let consuming = connect(uri.clone(), &settings.tls, "consuming").await.map_err(of)?;
+        let publishing = connect(uri, &settings.tls, "publishing").await.map_err(of)?;
+        let topology = Topology::new(&settings.prefix);
+        if settings.declares_topology {
+            topology.declare_on(&consuming).await.map_err(of)?;
+        } else {
+            topology.check(&consuming, &at).await?;
+        }
+        build(settings, &topology, consuming, publishing).await.map_err(of)
+    };
+    match timeout(CONNECT_LIMIT, opening).await {
+        Ok(opened) => opened,
+        Err(_) => Err(Error::Silent { at: at.clone(), limit: CONNECT_LIMIT }),
+    }
 }
 
-async fn build(settings: &Settings, uri: AMQPUri) -> lapin::Result<Generation> {
-    let topology = Topology::new(&settings.prefix);
-    let consuming = connect(uri.clone(), "consuming").await?;
-    let publishing = connect(uri, "publishing").await?;
-
-    let declaring = consuming.create_channel().await?;
-    topology.declare(&declaring).await?;
-    declaring.close(200, "declared".into()).await?;
-
+async fn build(
+    settings: &Settings,
+    topology: &Topology,
+    consuming: Connection,
+    publishing: Connection,
+) -> lapin::Result<Generation> {
     let events = publishing.events_listener().boxed();
-    let publisher = Arc::new(Publisher::new(publishing, &topology).await?);
+    let publisher = Arc::new(Publisher::new(publishing, topology).await?);
 
     let mut lanes = Vec::new();
     for kind in CommandKind::ALL {
         let channel = consuming.create_channel().await?;
         // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        lanes.push(Lane::open(kind, channel, &topology).await?);
+        lanes.push(Lane::open(kind, channel, topology).await?);
     }
     let asking = consuming.create_channel().await?;
-    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology);
+    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone());
     Ok(Generation { lanes, publisher, events, pulse, consuming })
 }
 
@@ -146,9 +159,14 @@ pub(super) fn address(uri: &AMQPUri) -> String {
 
 /// Recovery stays off (the default): with it, a consumer hangs for ever on a closed channel while
 /// the connection reports itself connected.
-pub(super) async fn connect(uri: AMQPUri, purpose: &str) -> lapin::Result<Connection> {
+pub(super) async fn connect(
+    uri: AMQPUri,
+    tls: &TlsFiles,
+    purpose: &str,
+) -> lapin::Result<Connection> {
     let name = format!("call-manager {purpose}");
-    transport::connect(uri, ConnectionProperties::default().with_connection_name(name.into())).await
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    transport::connect(uri, tls, properties).await
 }
 
 /// A channel on which every publish is confirmed.

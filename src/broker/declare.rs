@@ -1,10 +1,14 @@
-//! Makes the topology at a broker.
+//! Makes the topology at a broker, or checks that it is there.
 
-use lapin::Channel;
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
+use tracing::info;
+
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
-use super::topology::{Argument, Arguments, Exchange, Queue, Topology};
+use super::Error;
+use super::topology::{Argument, Arguments, Exchange, Queue, Routing, Topology};
 
 impl Topology {
     /// Declares everything; harmless where it exists in the same way.
@@ -22,6 +26,71 @@ impl Topology {
         }
         Ok(())
     }
+
+    /// The same, on a channel of its own.
+    pub(super) async fn declare_on(&self, connection: &Connection) -> lapin::Result<()> {
+        let channel = connection.create_channel().await?;
+        self.declare(&channel).await?;
+        channel.close(200, "declared".into()).await
+    }
+
+    /// Sees that every exchange and queue is there, and creates nothing. Arguments are compared as
+    /// far as the user has the right to configure; bindings show nowhere in AMQP.
+    pub(super) async fn check(&self, connection: &Connection, at: &str) -> Result<(), Error> {
+        let of = |error| Error::of(error, at);
+        let channel = connection.create_channel().await.map_err(of)?;
+        for exchange in self.exchanges() {
+            let name = exchange.name.clone();
+            let seen = declare_exchange(&channel, exchange, true).await;
+            seen.map_err(|error| missing(error, at, "exchange", name))?;
+        }
+        for queue in self.queues() {
+            let name = queue.name.clone();
+            let seen = declare_queue(&channel, queue, true).await;
+            seen.map_err(|error| missing(error, at, "queue", name))?;
+        }
+        match self.compare(&channel).await {
+            Ok(()) => channel.close(200, "checked".into()).await.map_err(of),
+            // The refusal has closed the channel. At the first one it ends: each is an error in the
+            // broker's log, and a user who may not configure one may hardly ever configure another.
+            Err(error) => match of(error) {
+                Error::Permission { reason } => {
+                    info!(
+                        reason,
+                        "every exchange and queue is there; their arguments cannot be compared \
+                         without the right to configure them"
+                    );
+                    Ok(())
+                }
+                error => Err(error),
+            },
+        }
+    }
+
+    /// A passive declare compares no arguments; an active one does, and creates nothing where the
+    /// thing exists.
+    async fn compare(&self, channel: &Channel) -> lapin::Result<()> {
+        for queue in self.queues() {
+            declare_queue(channel, queue, false).await?;
+        }
+        for exchange in self.exchanges() {
+            declare_exchange(channel, exchange, false).await?;
+        }
+        Ok(())
+    }
+}
+
+fn missing(error: lapin::Error, at: &str, what: &'static str, name: String) -> Error {
+    if let ErrorKind::ProtocolError(refusal) = error.kind()
+        && *refusal.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
+    {
+        let reason = refusal.get_message().to_string();
+        // A queue whose node is down is answered with the same code, and comes back by itself.
+        if reason.contains(&format!("no {what}")) {
+            return Error::Missing { what, name, reason };
+        }
+    }
+    Error::of(error, at)
 }
 
 async fn declare_exchange(
@@ -32,7 +101,11 @@ async fn declare_exchange(
     let options =
         ExchangeDeclareOptions { durable: true, passive, ..ExchangeDeclareOptions::default() };
     let arguments = table(exchange.arguments);
-    channel.exchange_declare(exchange.name.into(), exchange.kind, options, arguments).await
+    let kind = match exchange.routing {
+        Routing::Fanout => ExchangeKind::Fanout,
+        Routing::Topic => ExchangeKind::Topic,
+    };
+    channel.exchange_declare(exchange.name.into(), kind, options, arguments).await
 }
 
 async fn declare_queue(channel: &Channel, queue: Queue, passive: bool) -> lapin::Result<()> {

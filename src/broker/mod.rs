@@ -3,9 +3,11 @@
 mod connection;
 mod consumer;
 mod declare;
+mod definitions;
 mod publisher;
 mod pulse;
 mod requester;
+mod tls;
 mod topology;
 mod transport;
 mod utf8;
@@ -19,9 +21,11 @@ use secrecy::SecretString;
 
 pub use connection::{Generation, Publishing, PublishingEvents, open};
 pub use consumer::{Delivery, Lane, NotSettled};
+pub use definitions::definitions;
 pub use publisher::{PublishError, Publisher};
 pub use pulse::Pulse;
 pub use requester::{AskError, Reply, ask};
+pub use tls::TlsFiles;
 pub use topology::{Delay, Topology};
 
 /// The limit on connecting, with declaring everything. A frozen broker accepts and never answers.
@@ -49,6 +53,10 @@ pub struct Settings {
     pub url: SecretString,
     /// The first word of every exchange and queue name.
     pub prefix: String,
+    /// Whether the exchanges and queues are declared, or only checked.
+    pub declares_topology: bool,
+    /// Certificates, for `amqps://`.
+    pub tls: TlsFiles,
     /// Commands in hand per queue.
     pub prefetch: u16,
 }
@@ -93,6 +101,28 @@ pub enum Error {
         /// The broker's words: they name the queue and the argument.
         reason: String,
     },
+    /// With `TOPOLOGY=check`, a queue or exchange does not exist.
+    #[error(
+        "the {what} {name} is not there, and with TOPOLOGY=check nothing is created; print all of \
+         it with `call-manager topology` and import that with rabbitmqctl import_definitions, or \
+         set TOPOLOGY=declare: {reason}"
+    )]
+    Missing {
+        /// `queue` or `exchange`.
+        what: &'static str,
+        /// Which.
+        name: String,
+        /// The broker's words.
+        reason: String,
+    },
+    /// The TLS handshake failed. It is tried again: certificates are renewed at either end.
+    #[error("there is no TLS with the broker at {at}: {advice}")]
+    Tls {
+        /// host:port.
+        at: String,
+        /// What is wrong, and what to do.
+        advice: String,
+    },
     /// The user may not do that.
     #[error("the broker's user lacks a permission: {reason}")]
     Permission {
@@ -120,12 +150,16 @@ impl Error {
                 | Self::Credentials { .. }
                 | Self::VirtualHost { .. }
                 | Self::OtherArguments { .. }
+                | Self::Missing { .. }
                 | Self::Permission { .. }
         )
     }
 
     fn of(source: lapin::Error, at: &str) -> Self {
         let ErrorKind::ProtocolError(error) = source.kind() else {
+            if let Some(advice) = tls::advice(&source) {
+                return Self::Tls { at: at.to_owned(), advice };
+            }
             return Self::Connection { at: at.to_owned(), source };
         };
         let reason = error.get_message().to_string();

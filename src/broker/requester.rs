@@ -67,7 +67,7 @@ pub async fn ask(
     let uri = parse(settings.url.expose_secret())?;
     let at = address(&uri);
     let topology = Topology::new(&settings.prefix);
-    let connection = within(CONNECT_LIMIT, &at, connect(uri, "request")).await?;
+    let connection = within(CONNECT_LIMIT, &at, connect(uri, &settings.tls, "request")).await?;
     let ready = async {
         let channel = confirming_channel(&connection).await?;
         let (queue, consumer) = reply_queue(&channel).await?;

@@ -3,8 +3,6 @@
 use std::fmt;
 use std::time::Duration;
 
-use lapin::ExchangeKind;
-
 use crate::domain::command::CommandKind;
 
 /// Redeliveries before the broker itself dead-letters a command. Restarts and lost connections
@@ -65,8 +63,17 @@ pub struct Topology {
 #[derive(Clone, Debug)]
 pub(super) struct Exchange {
     pub name: String,
-    pub kind: ExchangeKind,
+    pub routing: Routing,
     pub arguments: Arguments,
+}
+
+/// Which of its queues an exchange gives a message to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Routing {
+    /// All.
+    Fanout,
+    /// Those bound with its routing key.
+    Topic,
 }
 
 /// A durable queue.
@@ -157,22 +164,22 @@ impl Topology {
     }
 
     pub(super) fn exchanges(&self) -> Vec<Exchange> {
-        let plain = |name, kind| Exchange { name, kind, arguments: Vec::new() };
+        let plain = |name, routing| Exchange { name, routing, arguments: Vec::new() };
         let mut exchanges = vec![
-            plain(self.dead_letter(), ExchangeKind::Fanout),
-            plain(self.unrouted(), ExchangeKind::Fanout),
+            plain(self.dead_letter(), Routing::Fanout),
+            plain(self.unrouted(), Routing::Fanout),
             Exchange {
                 name: self.results_exchange(),
-                kind: ExchangeKind::Topic,
+                routing: Routing::Topic,
                 // Makes `mandatory` unnecessary on results, which lapin cannot do with many in flight.
                 arguments: vec![("alternate-exchange", text(self.unrouted()))],
             },
-            plain(self.commands_exchange(), ExchangeKind::Topic),
-            plain(self.retry_exchange(), ExchangeKind::Topic),
+            plain(self.commands_exchange(), Routing::Topic),
+            plain(self.retry_exchange(), Routing::Topic),
         ];
         // In front of each delay queue: a message published through the default exchange would have
         // the queue's name for its routing key, and the key of the command would be lost.
-        exchanges.extend(Delay::ALL.map(|delay| plain(self.delay(delay), ExchangeKind::Fanout)));
+        exchanges.extend(Delay::ALL.map(|delay| plain(self.delay(delay), Routing::Fanout)));
         exchanges
     }
 

@@ -13,24 +13,31 @@ use async_rs::{Runtime, Tokio};
 use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::Stream;
 use lapin::AsyncTcpStream;
-use lapin::tcp::{AMQPUriTcpExt as _, OwnedTLSConfig};
-use lapin::uri::AMQPUri;
+use lapin::tcp::AMQPUriTcpExt as _;
+use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties};
 
+use super::tls::{self, TlsFiles};
 use super::utf8::Utf8Filter;
 
 /// Connects as [`Connection::connect_uri`] does, over a filtered stream.
-pub async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
+pub async fn connect(
+    uri: AMQPUri,
+    files: &TlsFiles,
+    properties: ConnectionProperties,
+) -> lapin::Result<Connection> {
+    let config = files.read().await?;
     let tokio = Tokio::current();
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Filtering(tokio.clone())));
     let connect = async move |uri: AMQPUri, _| {
-        let tls = OwnedTLSConfig::default();
         // On the plain runtime: with the filtering one, TLS would come on top of the filter.
         let stream =
-            uri.connect_with_config_async(tls.as_ref(), &Runtime::new(tokio.clone())).await?;
+            uri.connect_with_config_async(config.as_ref(), &Runtime::new(tokio.clone())).await?;
         Ok(AsyncTcpStream::Plain(Filtered::new(stream)))
     };
-    Connection::connector(uri, runtime, connect, properties).await
+    let encrypted = matches!(uri.scheme, AMQPScheme::AMQPS);
+    let connected = Connection::connector(uri, runtime, connect, properties).await;
+    connected.map_err(|error| if encrypted { tls::while_connecting(error) } else { error })
 }
 
 type TcpOrTls = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;

@@ -2,6 +2,8 @@
 
 use std::io::Write as _;
 
+use secrecy::ExposeSecret as _;
+
 use super::*;
 
 fn sources(file: Option<&Path>, environment: &[(&str, &str)]) -> Sources {
@@ -47,6 +49,7 @@ fn all_faults_are_told_at_once_each_with_an_example_and_no_secret() {
             ("LOG_FORMAT", "xml"),
             ("ELEVENLABS_BASE_URL", "https://user:pass-secret@x"),
             ("AMQP_PREFIX", "amq.x"),
+            ("TOPOLOGY", "checks"),
             ("HOST", "localhost"),
             ("LEDGER_URL", "host=h password=pass-secret"),
             ("LEDGER_RETENTION", "1h"),
@@ -67,13 +70,14 @@ fn all_faults_are_told_at_once_each_with_an_example_and_no_secret() {
         "LOG_FORMAT is \"xml\", not text or json",
         "ELEVENLABS_BASE_URL is \"…\", not an http or https URL without user",
         "AMQP_PREFIX is \"amq.x\"",
+        "TOPOLOGY is \"checks\", not declare or check; example: TOPOLOGY=declare",
         "HOST is \"localhost\"",
         "LEDGER_URL is \"…\", not sqlite:PATH, or postgres://user:password@host:5432/database",
         "LEDGER_RETENTION is \"1h\", not a duration of at least 24h with its unit; example: LEDGER_RETENTION=720h",
     ] {
         assert!(faults.contains(part), "{part} is missing in:\n{faults}");
     }
-    assert_eq!(faults.lines().count(), 14, "{faults}");
+    assert_eq!(faults.lines().count(), 15, "{faults}");
     assert!(!faults.contains("secret"), "{faults}");
 }
 
@@ -146,4 +150,70 @@ fn a_virtual_host_may_have_an_at_sign() {
 fn an_empty_variable_counts_as_unset() {
     assert_eq!(sources(None, &[KEY, ("PORT", "")]).worker().unwrap().port, 3099);
     assert!(unused_url().has_host());
+}
+
+/// The faults of these settings beside `amqps://`.
+fn tls_faults(more: &[(&str, &Path)]) -> String {
+    let mut all = vec![KEY, ("AMQP_URL", "amqps://u:p@h/")];
+    all.extend(more.iter().map(|(name, path)| (*name, path.to_str().unwrap())));
+    sources(None, &all).worker().unwrap_err().to_string()
+}
+
+#[test]
+fn a_certificate_that_cannot_be_used_is_told_with_its_variable_and_its_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let pair = || rcgen::generate_simple_self_signed(["h".to_owned()]).unwrap();
+    let (one, other) = (pair(), pair());
+    let certificate = write("one.pem", &one.cert.pem());
+    let key = write("one.key", &one.signing_key.serialize_pem());
+    let other_key = write("other.key", &other.signing_key.serialize_pem());
+    let broken = one.cert.pem().replacen("MII", "AAA", 1);
+    let broken = write("broken.pem", &broken);
+    let encrypted =
+        "-----BEGIN ENCRYPTED PRIVATE KEY-----\nc2VjcmV0\n-----END ENCRYPTED PRIVATE KEY-----\n";
+    let encrypted = write("encrypted.key", encrypted);
+    let away = folder.path().join("away.pem");
+
+    for (settings, fault) in [
+        (vec![("AMQP_CA_FILE", &away)], "AMQP_CA_FILE: {} cannot be read: No such file"),
+        (vec![("AMQP_CA_FILE", &key)], "AMQP_CA_FILE: {} holds no certificate in PEM form"),
+        (vec![("AMQP_CA_FILE", &broken)], "AMQP_CA_FILE: {} has a certificate that cannot be an"),
+        (vec![("AMQP_CERT_FILE", &certificate)], "AMQP_CERT_FILE is set without AMQP_KEY_FILE"),
+        (vec![("AMQP_KEY_FILE", &key)], "AMQP_KEY_FILE is set without AMQP_CERT_FILE"),
+        (
+            vec![("AMQP_KEY_FILE", &encrypted), ("AMQP_CERT_FILE", &certificate)],
+            "AMQP_KEY_FILE: {} holds no private key in PEM form that is not encrypted",
+        ),
+        (
+            vec![("AMQP_KEY_FILE", &other_key), ("AMQP_CERT_FILE", &certificate)],
+            "AMQP_KEY_FILE: {} is not the key of the first certificate in AMQP_CERT_FILE, ",
+        ),
+    ] {
+        let fault = fault.replace("{}", settings[0].1.to_str().unwrap());
+        let settings: Vec<_> =
+            settings.iter().map(|(name, path)| (*name, path.as_path())).collect();
+        let faults = tls_faults(&settings);
+        assert!(faults.starts_with(&fault), "{fault} is missing in:\n{faults}");
+        assert_eq!(faults.lines().count(), 1, "{faults}");
+        assert!(!faults.contains("c2VjcmV0"), "{faults}");
+    }
+
+    let certificate = certificate.to_str().unwrap();
+    let all = [("AMQP_CA_FILE", certificate), ("AMQP_CERT_FILE", certificate)];
+    let mut all = [KEY, all[0], all[1], ("AMQP_KEY_FILE", key.to_str().unwrap())].to_vec();
+    let faults = sources(None, &all).worker().unwrap_err().to_string();
+    assert_eq!(
+        faults.matches("is for TLS, and AMQP_URL begins with amqp://").count(),
+        3,
+        "{faults}"
+    );
+    all.push(("AMQP_URL", "amqps://h/"));
+    let settings = sources(None, &all).worker().unwrap();
+    assert_eq!(settings.broker.ca_file.as_deref(), Some(Path::new(certificate)));
+    assert_eq!(settings.broker.key_file.as_deref(), Some(key.as_path()));
 }

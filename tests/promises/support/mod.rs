@@ -1,5 +1,7 @@
 //! A world for one test: queues of its own at a real broker, a sandbox, a worker, and the results.
 
+mod kept;
+pub mod node;
 pub mod postgres;
 pub mod proxy;
 pub mod raw;
@@ -16,8 +18,8 @@ use call_manager::telemetry::LogFormat;
 use elevenlabs_sandbox::{Options, Route, Sandbox};
 use futures_util::StreamExt as _;
 use lapin::options::{
-    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
-    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions,
+    ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer};
@@ -38,8 +40,11 @@ pub fn amqp_url() -> String {
 }
 
 pub async fn connect() -> Connection {
-    let url = amqp_url();
-    let connecting = Connection::connect(&url, ConnectionProperties::default());
+    connect_to(&amqp_url()).await
+}
+
+async fn connect_to(url: &str) -> Connection {
+    let connecting = Connection::connect(url, ConnectionProperties::default());
     timeout(LIMIT, connecting)
         .await
         .expect("the broker answers in time")
@@ -51,8 +56,11 @@ pub struct World {
     pub topology: Topology,
     pub channel: Channel,
     prefix: String,
+    url: String,
     connection: Connection,
     results: Consumer,
+    /// Of a world with a broker of its own: the queue that keeps the results.
+    kept: Option<String>,
     folder: TempDir,
     worker: Option<Running>,
 }
@@ -90,22 +98,39 @@ impl World {
 
     /// The same, before a sandbox that is set up otherwise than usual.
     pub async fn before(options: Options) -> Self {
+        Self::built(options, amqp_url(), false).await
+    }
+
+    /// Broker, sandbox and results only, with the test's own broker at `url`. Results wait in a
+    /// queue that survives the broker's restart, for [`World::reconnect`].
+    pub async fn at(url: &str) -> Self {
+        Self::built(Options { speed: 0.0, ..Options::default() }, url.to_owned(), true).await
+    }
+
+    async fn built(options: Options, url: String, keep: bool) -> Self {
         let sandbox = Sandbox::start(options).await.unwrap();
         let prefix = format!("test-{}", Uuid::now_v7());
         let topology = Topology::new(&prefix);
-        let connection = connect().await;
+        let connection = connect_to(&url).await;
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         // Declared by the one who knows how: what a worker declares is a part of what is tested.
         topology.declare(&channel).await.unwrap();
-        let results = listen(&channel, &topology.results_exchange()).await;
+        let exchange = topology.results_exchange();
+        let kept = keep.then(|| format!("{prefix}.listener"));
+        let results = match &kept {
+            Some(queue) => kept::listen(&channel, &exchange, queue).await.unwrap(),
+            None => listen(&channel, &exchange).await,
+        };
         Self {
             sandbox,
             topology,
             channel,
             prefix,
+            url,
             connection,
             results,
+            kept,
             folder: tempfile::tempdir().unwrap(),
             worker: None,
         }
@@ -121,7 +146,9 @@ impl World {
             results: consume(&channel, unused.as_str()).await,
             channel,
             prefix: prefix.to_owned(),
+            url: amqp_url(),
             connection,
+            kept: None,
             folder: tempfile::tempdir().unwrap(),
             worker: None,
         }
@@ -136,9 +163,13 @@ impl World {
             elevenlabs_connect_timeout: Duration::from_secs(2),
             elevenlabs_timeout: Duration::from_secs(10),
             broker: BrokerSettings {
-                amqp_url: amqp_url().into(),
+                amqp_url: self.url.as_str().into(),
                 shown_url: String::new(),
                 amqp_prefix: self.prefix.clone(),
+                declares_topology: true,
+                ca_file: None,
+                cert_file: None,
+                key_file: None,
                 prefetch: 64,
             },
             ledger: LedgerSettings {
@@ -261,7 +292,12 @@ impl World {
 
     pub async fn next_raw_result(&mut self) -> lapin::message::Delivery {
         let delivery = timeout(LIMIT, self.results.next()).await.expect("a result comes in time");
-        delivery.expect("the results queue stays").unwrap()
+        let mut delivery = delivery.expect("the results queue stays").unwrap();
+        if self.kept.is_some() {
+            assert!(delivery.acker.ack(BasicAckOptions::default()).await.unwrap());
+            delivery.properties = kept::as_published(delivery.properties);
+        }
+        delivery
     }
 
     /// Stops the worker and asserts that nothing is left: no command in its queue or unacknowledged
@@ -280,7 +316,7 @@ impl World {
     }
 
     pub async fn clean_up(self) {
-        for queue in self.topology.queue_names() {
+        for queue in self.topology.queue_names().into_iter().chain(self.kept) {
             self.channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
         }
         for exchange in self.topology.exchange_names() {
