@@ -4,6 +4,7 @@
 //! `AMQP_URL=… [POSTGRES_URL=…] cargo bench --bench throughput [-- COMMANDS ROUNDS]`. All take turns
 //! on the same broker, queues and messages; what counts is the ratio, since machines differ.
 #![allow(
+    clippy::print_stderr,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

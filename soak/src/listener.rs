@@ -37,7 +37,7 @@ impl Listener<'_> {
     pub async fn declare(&self) -> anyhow::Result<()> {
         let connection = amqp::connect(self.url).await?;
         let channel = connection.create_channel().await?;
-        self.topology.declare(&channel).await?;
+        self.topology.declare(&connection).await?;
         let mut quorum = FieldTable::default();
         quorum.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };

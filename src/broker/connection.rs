@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use futures_util::future::try_join_all;
 use futures_util::stream::BoxStream;
 use lapin::options::{BasicQosOptions, ConfirmSelectOptions};
 use lapin::uri::AMQPUri;
@@ -43,11 +44,12 @@ pub async fn open(settings: &Settings) -> Result<Generation, Error> {
     let at = address(&uri);
     let opening = async {
         let of = |error| Error::of(error, &at);
-        let consuming = connect(uri.clone(), &settings.tls, "consuming").await.map_err(of)?;
-        let publishing = connect(uri, &settings.tls, "publishing").await.map_err(of)?;
+        let consuming = connect(uri.clone(), &settings.tls, "consuming");
+        let publishing = connect(uri, &settings.tls, "publishing");
+        let (consuming, publishing) = tokio::try_join!(consuming, publishing).map_err(of)?;
         let topology = Topology::new(&settings.prefix);
         if settings.declares_topology {
-            topology.declare_on(&consuming).await.map_err(of)?;
+            topology.declare(&consuming).await.map_err(of)?;
         } else {
             topology.check(&consuming, &at).await?;
         }
@@ -68,13 +70,13 @@ async fn build(
     let events = publishing.events_listener().boxed();
     let publisher = Arc::new(Publisher::new(publishing, topology).await?);
 
-    let mut lanes = Vec::new();
-    for kind in CommandKind::ALL {
+    let lanes = CommandKind::ALL.map(async |kind| {
         let channel = consuming.create_channel().await?;
         // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        lanes.push(Lane::open(kind, channel, topology).await?);
-    }
+        Lane::open(kind, channel, topology).await
+    });
+    let lanes = try_join_all(lanes).await?;
     let asking = consuming.create_channel().await?;
     let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone());
     Ok(Generation { lanes, publisher, events, pulse, consuming })

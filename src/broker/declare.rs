@@ -1,37 +1,35 @@
 //! Makes the topology at a broker, or checks that it is there.
 
+use futures_util::future::try_join_all;
+use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
 use tracing::info;
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable};
-
 use super::Error;
-use super::topology::{Argument, Arguments, Exchange, Queue, Routing, Topology};
+use super::topology::{Argument, Arguments, Binding, Exchange, Queue, Routing, Topology};
 
 impl Topology {
-    /// Declares everything; harmless where it exists in the same way.
-    pub async fn declare(&self, channel: &Channel) -> lapin::Result<()> {
-        for exchange in self.exchanges() {
-            declare_exchange(channel, exchange, false).await?;
-        }
-        for queue in self.queues() {
-            declare_queue(channel, queue, false).await?;
-        }
-        for binding in self.bindings() {
+    /// Declares everything; harmless where it exists in the same way. What does not need each other
+    /// is declared at the same time, on channels of its own: a channel takes one declaration after
+    /// the other, and the way to the broker may be long.
+    pub async fn declare(&self, connection: &Connection) -> lapin::Result<()> {
+        let declare = async |channel: Channel, exchange| {
+            declare_exchange(&channel, exchange, false).await.map(|()| channel)
+        };
+        each(connection, self.exchanges(), declare).await?;
+        let declare = async |channel: Channel, queue| {
+            declare_queue(&channel, queue, false).await.map(|()| channel)
+        };
+        each(connection, self.queues(), declare).await?;
+        let bind = async |channel: Channel, binding: Binding| {
             let (queue, exchange) = (binding.queue.into(), binding.exchange.into());
             let (key, options) = (binding.routing_key.into(), QueueBindOptions::default());
-            channel.queue_bind(queue, exchange, key, options, FieldTable::default()).await?;
-        }
-        Ok(())
-    }
-
-    /// The same, on a channel of its own.
-    pub(super) async fn declare_on(&self, connection: &Connection) -> lapin::Result<()> {
-        let channel = connection.create_channel().await?;
-        self.declare(&channel).await?;
-        channel.close(200, "declared".into()).await
+            let bind = channel.queue_bind(queue, exchange, key, options, FieldTable::default());
+            bind.await.map(|()| channel.clone())
+        };
+        each(connection, self.bindings(), bind).await
     }
 
     /// Sees that every exchange and queue is there, and creates nothing. Arguments are compared as
@@ -91,6 +89,20 @@ fn missing(error: lapin::Error, at: &str, what: &'static str, name: String) -> E
         }
     }
     Error::of(error, at)
+}
+
+/// Does something with each of them, each on a channel of its own, and closes the channels.
+async fn each<T>(
+    connection: &Connection,
+    them: Vec<T>,
+    make: impl AsyncFn(Channel, T) -> lapin::Result<Channel>,
+) -> lapin::Result<()> {
+    let make = &make;
+    let all = them.into_iter().map(async |one| {
+        let channel = make(connection.create_channel().await?, one).await?;
+        channel.close(200, "declared".into()).await
+    });
+    try_join_all(all).await.map(drop)
 }
 
 async fn declare_exchange(

@@ -16,27 +16,37 @@ use lapin::AsyncTcpStream;
 use lapin::tcp::AMQPUriTcpExt as _;
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::tls::{self, TlsFiles};
 use super::utf8::Utf8Filter;
 
-/// Connects as [`Connection::connect_uri`] does, over a filtered stream.
+/// Connects as [`Connection::connect_uri`] does, over a filtered stream. Dropped before its end, it
+/// closes the stream.
 pub async fn connect(
     uri: AMQPUri,
     files: &TlsFiles,
     properties: ConnectionProperties,
 ) -> lapin::Result<Connection> {
     let config = files.read().await?;
+    // lapin goes on without its caller: for each attempt that a frozen broker does not answer, a
+    // thread and a socket would be left (there are no heartbeats yet), and once it answers, a
+    // connection that nobody has.
+    let abandoned = CancellationToken::new();
+    let abandon = abandoned.clone().drop_guard();
     let tokio = Tokio::current();
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Filtering(tokio.clone())));
     let connect = async move |uri: AMQPUri, _| {
         // On the plain runtime: with the filtering one, TLS would come on top of the filter.
         let stream =
             uri.connect_with_config_async(config.as_ref(), &Runtime::new(tokio.clone())).await?;
-        Ok(AsyncTcpStream::Plain(Filtered::new(stream)))
+        Ok(AsyncTcpStream::Plain(Filtered::new(stream, abandoned.clone())))
     };
     let encrypted = matches!(uri.scheme, AMQPScheme::AMQPS);
     let connected = Connection::connector(uri, runtime, connect, properties).await;
+    if connected.is_ok() {
+        abandon.disarm();
+    }
     connected.map_err(|error| if encrypted { tls::while_connecting(error) } else { error })
 }
 
@@ -71,19 +81,24 @@ impl Reactor for Filtering {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async move { Ok(Filtered::new(AsyncTcpStream::Plain(connecting.await?))) }
+        async move {
+            let stream = AsyncTcpStream::Plain(connecting.await?);
+            Ok(Filtered::new(stream, CancellationToken::new()))
+        }
     }
 }
 
-/// A stream that is filtered on its way in.
+/// A stream that is filtered on its way in, and fails when it is abandoned.
 struct Filtered {
     stream: TcpOrTls,
     filter: Utf8Filter,
+    abandoned: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl Filtered {
-    fn new(stream: TcpOrTls) -> Self {
-        Self { stream, filter: Utf8Filter::default() }
+    fn new(stream: TcpOrTls, abandoned: CancellationToken) -> Self {
+        let abandoned = Box::pin(abandoned.cancelled_owned());
+        Self { stream, filter: Utf8Filter::default(), abandoned }
     }
 
     fn below(self: Pin<&mut Self>) -> Pin<&mut TcpOrTls> {
@@ -97,7 +112,10 @@ impl AsyncRead for Filtered {
         cx: &mut Context<'_>,
         buf: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let Self { stream, filter } = self.get_mut();
+        let Self { stream, filter, abandoned } = self.get_mut();
+        if abandoned.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         filter.poll_read(buf, |into| Pin::new(&mut *stream).poll_read(cx, into))
     }
 }

@@ -1,16 +1,18 @@
 //! A worker in a process of its own, which a test can kill, freeze and thaw.
 
 use std::os::unix::process::ExitStatusExt as _;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lapin::BasicProperties;
+use secrecy::ExposeSecret as _;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
-use tokio::process::Child;
+use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::start::program;
-use crate::support::{LIMIT, Received, World, amqp_url, until};
+use crate::support::{LIMIT, Received, World, until};
 
 /// A request may take so long, as [`Process::start`] sets it; a lease lasts twice as long.
 pub const LONGEST_REQUEST: Duration = Duration::from_secs(1);
@@ -33,11 +35,16 @@ impl Process {
     /// One that takes the commands of `world`, with short limits. `more` adds to its environment,
     /// and takes precedence.
     pub fn start(world: &World, ledger: &str, more: &[(&str, &str)]) -> Self {
-        let (url, vendor) = (amqp_url(), world.sandbox.base_url());
-        let prefix = world.settings().broker.amqp_prefix;
+        Self::through(&[], world, ledger, more)
+    }
+
+    /// The same, started by a program that gets the worker's as its last argument, and has to
+    /// replace itself with it.
+    pub fn through(by: &[&str], world: &World, ledger: &str, more: &[(&str, &str)]) -> Self {
+        let (broker, vendor) = (world.settings().broker, world.sandbox.base_url());
         let mut environment = vec![
-            ("AMQP_URL", url.as_str()),
-            ("AMQP_PREFIX", prefix.as_str()),
+            ("AMQP_URL", broker.amqp_url.expose_secret()),
+            ("AMQP_PREFIX", broker.amqp_prefix.as_str()),
             ("ELEVENLABS_BASE_URL", vendor.as_str()),
             ("ELEVENLABS_API_KEY", "sandbox-key"),
             ("ELEVENLABS_CONNECT_TIMEOUT", "500ms"),
@@ -48,7 +55,13 @@ impl Process {
             ("PORT", "0"),
         ];
         environment.extend(more);
-        let mut child = program(&environment).spawn().unwrap();
+        let mut command = program(&environment);
+        if let [program, arguments @ ..] = by {
+            let worker = command.as_std().get_program().to_owned();
+            command = replaced(&command, program);
+            command.args(arguments).arg(worker);
+        }
+        let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let log = Arc::<Mutex<Log>>::default();
         let kept = Arc::clone(&log);
@@ -70,6 +83,31 @@ impl Process {
         process
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("it lives")
+    }
+
+    /// What it has in memory, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+        kibibytes * 1024
+    }
+
+    /// The status of `GET /health`; `None` where nothing answers in time.
+    pub async fn health(&self) -> Option<u16> {
+        let answer = self.get("/health", Duration::from_secs(2)).await?;
+        Some(answer.status().as_u16())
+    }
+
+    async fn get(&self, path: &str, limit: Duration) -> Option<reqwest::Response> {
+        let log = self.log();
+        let address = log.split("address=").nth(1)?.split_whitespace().next()?;
+        let client = reqwest::Client::builder().no_proxy().timeout(limit).build().unwrap();
+        client.get(format!("http://{address}{path}")).send().await.ok()
+    }
+
     pub fn log(&self) -> String {
         self.log.lock().unwrap().text.clone()
     }
@@ -83,6 +121,28 @@ impl Process {
         // A little less than the limit there, so that what it logged instead can be told.
         let logged = timeout(LIMIT * 9 / 10, logged).await;
         assert!(logged.is_ok(), "no {text:?} in:\n{}", self.log());
+    }
+
+    /// How many connections it has open to a port.
+    pub fn connections_to(&self, port: u16) -> usize {
+        let own = std::fs::read_dir(format!("/proc/{}/fd", self.pid()));
+        // One may be closed while it is looked at.
+        let own = own.unwrap().filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+        let own: Vec<_> = own.map(|link| link.to_string_lossy().into_owned()).collect();
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let open = table.lines().skip(1).filter(|line| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            let (remote, inode) = (fields[2], fields[9]);
+            remote.ends_with(&format!(":{port:04X}")) && own.contains(&format!("socket:[{inode}]"))
+        });
+        open.count()
+    }
+
+    /// Status and body of `GET /health/ready`.
+    pub async fn ready(&self) -> (u16, String) {
+        self.until_logged("/health/ready").await;
+        let response = self.get("/health/ready", LIMIT).await.unwrap();
+        (response.status().as_u16(), response.text().await.unwrap())
     }
 
     /// Kills it, as the kernel or a power cut does.
@@ -123,10 +183,26 @@ impl Process {
     }
 
     fn signal(&self, name: &str) {
-        let pid = self.child.id().expect("it lives").to_string();
+        let pid = self.pid().to_string();
         let sent = std::process::Command::new("kill").args(["-s", name, &pid]).status().unwrap();
         assert!(sent.success());
     }
+}
+
+/// The same command, of another program.
+fn replaced(command: &Command, program: &str) -> Command {
+    let like = command.as_std();
+    let mut other = Command::new(program);
+    let environment = like.get_envs().filter_map(|(name, value)| Some((name, value?)));
+    other
+        .env_clear()
+        .envs(environment)
+        .current_dir(like.get_current_dir().unwrap())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    other
 }
 
 impl World {

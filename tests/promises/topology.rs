@@ -102,7 +102,7 @@ async fn what_is_missing_or_different_is_named_and_left_as_it_is() {
     let url = virtual_host(&node, "edited", &[]).await;
     let connection = connect(&url).await;
     let topology = Topology::new("call-manager");
-    topology.declare(&connection.create_channel().await.unwrap()).await.unwrap();
+    topology.declare(&connection).await.unwrap();
     let checks = [("AMQP_URL", url.as_str()), ("TOPOLOGY", "check")];
 
     for queue in [topology.retry_queue(CommandKind::Get), topology.delay(Delay::Medium)] {
@@ -121,7 +121,7 @@ async fn what_is_missing_or_different_is_named_and_left_as_it_is() {
         assert!(said.contains("inequivalent arg 'x-"), "{said}");
         assert!(said.contains(&format!("for queue '{queue}'")), "{said}");
         delete_queue(&channel, &queue).await;
-        topology.declare(&channel).await.unwrap();
+        topology.declare(&connection).await.unwrap();
     }
 
     let channel = connection.create_channel().await.unwrap();
@@ -130,7 +130,7 @@ async fn what_is_missing_or_different_is_named_and_left_as_it_is() {
     channel.exchange_delete(exchange.as_str().into(), options).await.unwrap();
     let said = refusal(&checks).await;
     assert!(said.contains(&format!("the exchange {exchange} is not there")), "{said}");
-    topology.declare(&channel).await.unwrap();
+    topology.declare(&connection).await.unwrap();
 
     let exchange = topology.results_exchange();
     let (options, table) = (ExchangeDeleteOptions::default(), FieldTable::default());
@@ -143,7 +143,7 @@ async fn what_is_missing_or_different_is_named_and_left_as_it_is() {
     assert!(said.contains("inequivalent arg 'alternate-exchange'"), "{said}");
     assert!(said.contains(&format!("for exchange '{exchange}'")), "{said}");
     channel.exchange_delete(exchange.as_str().into(), options).await.unwrap();
-    topology.declare(&channel).await.unwrap();
+    topology.declare(&connection).await.unwrap();
 
     let world = World::cleaner("call-manager", connection).await;
     Process::consuming(&world, "memory:", &checks).await.stop().await;

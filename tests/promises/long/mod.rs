@@ -1,4 +1,8 @@
 //! The promises whose proof takes longer than 20 seconds: `script/test --all` runs them.
 
+mod cluster;
+mod network;
+mod nodes;
 #[cfg(feature = "crash-points")]
 mod poison;
+mod processes;

@@ -67,7 +67,7 @@ impl World {
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         let queue = self.kept.as_ref().expect("a world with a broker of its own");
         // Declared again as well: a test may have deleted what it was bound to.
-        self.topology.declare(&channel).await?;
+        self.topology.declare(&connection).await?;
         let results = listen(&channel, &self.topology.results_exchange(), queue).await?;
         Ok((connection, channel, results))
     }

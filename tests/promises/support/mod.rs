@@ -1,6 +1,7 @@
 //! A world for one test: queues of its own at a real broker, a sandbox, a worker, and the results.
 
 mod kept;
+pub mod load;
 pub mod node;
 pub mod postgres;
 pub mod proxy;
@@ -115,7 +116,7 @@ impl World {
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         // Declared by the one who knows how: what a worker declares is a part of what is tested.
-        topology.declare(&channel).await.unwrap();
+        topology.declare(&connection).await.unwrap();
         let exchange = topology.results_exchange();
         let kept = keep.then(|| format!("{prefix}.listener"));
         let results = match &kept {

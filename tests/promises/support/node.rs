@@ -1,4 +1,5 @@
 //! Private `RabbitMQ` nodes of one test, which it starts, stops, kills, freezes and clusters.
+#![allow(clippy::print_stderr, reason = "a failure shows the end of the node's log")]
 
 use std::fs::OpenOptions;
 use std::io::Write as _;

@@ -1,0 +1,116 @@
+//! A broker that fails under a worker at work costs no command, no result and no second batch.
+
+use std::time::Duration;
+
+use elevenlabs_sandbox::{Effect, Fault, Route};
+use lapin::options::{BasicAckOptions, BasicGetOptions, ExchangeDeleteOptions};
+
+use crate::row::Row;
+use crate::support::node::Node;
+use crate::support::{World, until};
+
+/// Commands that are confirmed before the fault, and again after it.
+const SOME: usize = 50;
+
+#[tokio::test]
+async fn a_broker_that_is_killed_and_started_again_under_load() {
+    let mut row = Row::start(Node::start().await).await;
+    let load = row.load();
+    load.until_more(SOME).await;
+    row.node.kill().await;
+    row.node.start_again().await;
+    load.until_more(SOME).await;
+    row.settle(load).await;
+    row.finish().await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_stopped_in_order_and_started_again_under_load() {
+    let mut row = Row::start(Node::start().await).await;
+    let load = row.load();
+    load.until_more(SOME).await;
+    row.node.stop().await;
+    row.node.start_again().await;
+    load.until_more(SOME).await;
+    row.settle(load).await;
+    row.finish().await;
+}
+
+#[tokio::test]
+async fn a_broker_whose_application_is_stopped_and_started_under_load() {
+    let mut row = Row::start(Node::start().await).await;
+    let load = row.load();
+    load.until_more(SOME).await;
+    row.node.control(&["stop_app"]).await;
+    row.node.control(&["start_app"]).await;
+    load.until_more(SOME).await;
+    row.settle(load).await;
+    row.finish().await;
+}
+
+#[tokio::test]
+async fn all_connections_closed_by_an_operator_under_load() {
+    let mut row = Row::start(Node::start().await).await;
+    let load = row.load();
+    for _ in 0..3 {
+        load.until_more(SOME).await;
+        row.node.control(&["close_all_connections", "maintenance"]).await;
+    }
+    load.until_more(SOME).await;
+    row.settle(load).await;
+    let closed = row.worker.log().matches("maintenance").count();
+    assert!(closed >= 3, "the worker was told {closed} times");
+    row.finish().await;
+}
+
+#[tokio::test]
+async fn a_channel_that_the_broker_closes_because_a_request_takes_longer_than_its_ack_time_out() {
+    let node = Node::prepared().await;
+    let short = "[{rabbit, [{consumer_timeout, 2000}, {channel_tick_interval, 500}]}].";
+    std::fs::write(node.home().join("advanced.config"), short).unwrap();
+    let mut row = Row::start(node.started().await).await;
+    row.world.sandbox.order(Fault::on(Route::Submit, Effect::Latency(Duration::from_secs(7))));
+    let load = row.load();
+    load.until_more(1).await;
+    let published = load.stop().await;
+    let log = row.node.home().join("broker.log");
+    until("the broker has closed the channel", async || {
+        let log = tokio::fs::read_to_string(&log).await.unwrap();
+        log.contains("delivery acknowledgement on channel")
+    })
+    .await;
+    row.answered(published).await;
+    row.finish().await;
+}
+
+#[tokio::test]
+async fn a_results_exchange_that_is_deleted_under_the_worker() {
+    let mut row = Row::start(Node::start().await).await;
+    let load = row.load();
+    load.until_more(SOME).await;
+    let exchange = row.world.topology.results_exchange();
+    let options = ExchangeDeleteOptions::default();
+    row.world.channel.exchange_delete(exchange.into(), options).await.unwrap();
+    // From here to the new binding, what is published goes to the queue of unrouted results.
+    row.worker.until_logged("NOT_FOUND").await;
+    row.world.reconnect().await;
+    load.until_more(SOME).await;
+    forward_unrouted(&row.world).await;
+    row.settle(load).await;
+    row.finish().await;
+}
+
+/// Publishes once more what nobody was bound for.
+async fn forward_unrouted(world: &World) {
+    let (from, to) = (world.topology.unrouted(), world.topology.results_exchange());
+    loop {
+        let options = BasicGetOptions::default();
+        let got = world.channel.basic_get(from.as_str().into(), options).await.unwrap();
+        let Some(result) = got else {
+            return;
+        };
+        let key = result.routing_key.as_str();
+        world.publish_to(&to, key, &result.data, result.properties.clone()).await;
+        assert!(result.acker.ack(BasicAckOptions::default()).await.unwrap());
+    }
+}
