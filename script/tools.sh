@@ -55,7 +55,10 @@ ensure_node() {
     lock node
     if [[ ! -f $project/node_modules/.stamp || $(<"$project/node_modules/.stamp") != "$stamp" ]]; then
         say "installing Node packages into tests/node"
-        run npm --prefix "$project" ci --no-audit --no-fund >&2
+        # A download that hangs is begun again.
+        run timeout 120 npm --prefix "$project" ci --no-audit --no-fund >&2 ||
+            run timeout 300 npm --prefix "$project" ci --no-audit --no-fund >&2 ||
+            die "npm could not install what tests/node/package-lock.json names; is the registry reachable?"
         echo "$stamp" >"$project/node_modules/.stamp"
     fi
     unlock

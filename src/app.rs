@@ -8,19 +8,24 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::config::{BrokerSettings, LedgerPlace, Settings};
 use crate::elevenlabs;
 use crate::handler::{Handler, Timing};
-use crate::health::{self, Readiness};
+use crate::health::{self, Part, Readiness};
 use crate::ledger::{self, Ledger};
 use crate::retry::Policy;
+use crate::telemetry::chain;
 use crate::worker::Worker;
 use crate::{broker, retry};
 
 /// How long the last writes may take when everything else has ended.
 const LEDGER_CLOSE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How fast to try to open a ledger whose server is away; there is no limit on attempts.
+const OPENING: Policy =
+    Policy { initial: Duration::from_millis(250), max: Duration::from_secs(5), horizon: None };
 
 /// Runs the worker until SIGTERM or SIGINT. `Err` is one line for the person who started it.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
@@ -57,31 +62,63 @@ pub async fn run_until(settings: Settings, stop: CancellationToken) -> anyhow::R
         connect_timeout: settings.elevenlabs_connect_timeout,
         timeout: settings.elevenlabs_timeout,
     })?;
-    let ledger = Ledger::open(ledger::Settings {
+    let opened = ledger::Settings {
         location: location(settings.ledger.place),
         retention: settings.ledger.retention,
         longest_request: settings.elevenlabs_timeout,
-    })
-    .await?;
+    };
     let timing = Timing {
         retry: Policy { horizon: Some(settings.retry_horizon), ..retry::VENDOR },
         settling_window: settings.settling_window,
     };
-    let handler = Handler::new(vendor, ledger.clone(), timing);
     let broker = broker_settings(settings.broker);
-    let worker = Worker::new(broker, handler, readiness, settings.shutdown_grace);
+    let work = async {
+        let Some(ledger) = open(&opened, &readiness, &stop).await? else { return Ok(()) };
+        let handler = Handler::new(vendor, ledger.clone(), timing);
+        let worker = Worker::new(broker, handler, readiness, settings.shutdown_grace);
+        tokio::select! {
+            ended = worker.run(stop.clone()) => ended?,
+            () = ledger.ended() => anyhow::bail!("the ledger failed; the lines above say why"),
+        }
+        ledger.close(LEDGER_CLOSE_LIMIT).await;
+        Ok(())
+    };
     tokio::select! {
-        ended = worker.run(stop) => ended?,
-        () = ledger.ended() => anyhow::bail!("the ledger failed; the lines above say why"),
+        ended = work => ended?,
         // It answers as long as the worker runs, its draining included.
         ended = health.into_future() => {
             ended.context("the health endpoint failed")?;
             anyhow::bail!("the health endpoint ended");
         }
     }
-    ledger.close(LEDGER_CLOSE_LIMIT).await;
     info!("stopped");
     Ok(())
+}
+
+/// Opens the ledger, and waits for a server that is away; `None` where the worker is stopped
+/// meanwhile.
+async fn open(
+    settings: &ledger::Settings,
+    readiness: &Readiness,
+    stop: &CancellationToken,
+) -> anyhow::Result<Option<Ledger>> {
+    let mut pace = OPENING.start();
+    loop {
+        let error = match Ledger::open(settings.clone()).await {
+            Ok(ledger) => {
+                readiness.good(Part::Ledger);
+                return Ok(Some(ledger));
+            }
+            Err(error) if error.is_away() => error,
+            Err(error) => return Err(error.into()),
+        };
+        error!(error = chain(&error), "no ledger; trying again");
+        readiness.wrong(Part::Ledger, chain(&error));
+        tokio::select! {
+            () = tokio::time::sleep(pace.next_wait(None).unwrap_or_default()) => {}
+            () = stop.cancelled() => return Ok(None),
+        }
+    }
 }
 
 fn location(place: LedgerPlace) -> ledger::Location {

@@ -19,11 +19,9 @@ pub use broker::BrokerSettings;
 
 const DEFAULTS: &str = include_str!("config.default.toml");
 
-/// Longer, and the broker's 30 minute ack time-out would take commands back while they are retried.
-const LONGEST_HORIZON: Duration = Duration::from_secs(20 * 60);
-
-/// The same for a submit whose last answer was lost when the horizon was over: a request, the search
-/// for its batch with the look that is under way, and a while to record and publish its result.
+/// Longer, and the broker's 30 minute ack time-out would take a submit back whose answer was lost: a
+/// request, the search for its batch with the look that is under way, and a while to record and
+/// publish its result. What has to wait otherwise waits in a delay queue.
 const LONGEST_IN_HAND: Duration = Duration::from_secs(27 * 60);
 
 /// Longer than any redelivery takes.
@@ -217,15 +215,11 @@ impl Sources {
                  connection could not be told from a lost answer; set, for example, 5s and 60s",
             );
         }
-        let longest_in_hand =
-            settings.retry_horizon + settings.settling_window * 2 + settings.elevenlabs_timeout * 4;
-        if settings.retry_horizon > LONGEST_HORIZON {
-            self.fault("RETRY_HORIZON is longer than 20m, and the broker takes a command back after 30; set at most RETRY_HORIZON=20m");
-        } else if longest_in_hand > LONGEST_IN_HAND {
+        if settings.settling_window * 2 + settings.elevenlabs_timeout * 4 > LONGEST_IN_HAND {
             self.fault(
-                "RETRY_HORIZON + 2 x SETTLING_WINDOW + 4 x ELEVENLABS_TIMEOUT, the longest that a \
-                 submit can be in hand, is longer than 27m, and the broker takes a command back \
-                 after 30; shorten one, for example RETRY_HORIZON=15m",
+                "2 x SETTLING_WINDOW + 4 x ELEVENLABS_TIMEOUT, the longest that a submit can be in \
+                 hand, is longer than 27m, and the broker takes a command back after 30; shorten \
+                 one, for example SETTLING_WINDOW=60s",
             );
         }
         self.end(settings)

@@ -115,11 +115,12 @@ impl Worker {
 
     async fn consume(&self, stop: CancellationToken) -> Result<(), broker::Error> {
         let readiness = &self.shared.readiness;
+        let intake = self.shared.intake();
         let mut pace = RECONNECT.start();
         let mut worked_once = false;
         while !stop.is_cancelled() {
             let opened = tokio::select! {
-                opened = broker::open(&self.broker) => opened,
+                opened = broker::open(&self.broker, |kind| intake.takes(kind)) => opened,
                 () = stop.cancelled() => break,
             };
             match opened {
@@ -223,14 +224,16 @@ impl Worker {
     /// When the vendor is back: closes the breaker once the cancels that waited are through.
     async fn let_cancels_through(&self, pulse: &Pulse) -> String {
         let kind = CommandKind::Cancel;
+        let permits = &self.shared.permits[kind as usize];
         let mut intake = self.shared.intake();
         loop {
             intake.half_open().await;
             let since = Instant::now();
             let mut idle = 0;
             while idle < 2 && since.elapsed() < CANCELS_FIRST {
-                let in_hand =
-                    self.shared.prefetch - self.shared.permits[kind as usize].available_permits();
+                // The lane holds one permit for the delivery that it waits for.
+                let held = self.shared.prefetch - permits.available_permits();
+                let in_hand = held.saturating_sub(1);
                 match pulse.ready(kind).await {
                     Ok(0) if in_hand == 0 => idle += 1,
                     Ok(_) => idle = 0,
@@ -282,15 +285,23 @@ impl Worker {
         let permits = &self.shared.permits[lane.kind as usize];
         let mut intake = self.shared.intake();
         loop {
-            if intake.takes(lane.kind) && lane.is_resting() {
-                info!(command = lane.kind.name(), "takes commands again");
-                if let Err(reason) = lane.resume().await {
-                    link.lost.cancel();
-                    return Some(reason);
+            let changed = match (intake.takes(lane.kind), lane.is_resting()) {
+                (true, true) => {
+                    info!(command = lane.kind.name(), "takes commands again");
+                    lane.resume().await
                 }
-            } else if !intake.takes(lane.kind) && !lane.is_resting() {
-                warn!(command = lane.kind.name(), "takes no commands; they wait in their queue");
-                lane.rest().await;
+                (false, false) => {
+                    warn!(
+                        command = lane.kind.name(),
+                        "takes no commands; they wait in their queue"
+                    );
+                    lane.rest().await
+                }
+                _ => Ok(()),
+            };
+            if let Err(reason) = changed {
+                link.lost.cancel();
+                return Some(reason);
             }
             let permit = tokio::select! {
                 permit = Arc::clone(permits).acquire_owned() => permit,

@@ -82,7 +82,17 @@ fn modules_import_only_what_is_below_them() {
         ("worker", &["broker", "crash", "domain", "handler", "health", "retry", "telemetry"]),
         (
             "app",
-            &["broker", "config", "elevenlabs", "handler", "health", "ledger", "retry", "worker"],
+            &[
+                "broker",
+                "config",
+                "elevenlabs",
+                "handler",
+                "health",
+                "ledger",
+                "retry",
+                "telemetry",
+                "worker",
+            ],
         ),
         ("cli", &["app", "broker", "config", "domain", "telemetry"]),
     ];

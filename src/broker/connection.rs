@@ -38,8 +38,12 @@ pub struct Generation {
     consuming: Connection,
 }
 
-/// Connects, declares or checks the topology and starts to consume.
-pub async fn open(settings: &Settings) -> Result<Generation, Error> {
+/// Connects, declares or checks the topology and starts to consume; fresh commands only of the kinds
+/// that are taken now: what is received and given back counts as a redelivery.
+pub async fn open(
+    settings: &Settings,
+    takes_fresh: impl Fn(CommandKind) -> bool,
+) -> Result<Generation, Error> {
     let uri = parse(settings.url.expose_secret())?;
     let at = address(&uri);
     let opening = async {
@@ -53,7 +57,7 @@ pub async fn open(settings: &Settings) -> Result<Generation, Error> {
         } else {
             topology.check(&consuming, &at).await?;
         }
-        build(settings, &topology, consuming, publishing).await.map_err(of)
+        build(settings, &topology, consuming, publishing, takes_fresh).await.map_err(of)
     };
     match timeout(CONNECT_LIMIT, opening).await {
         Ok(opened) => opened,
@@ -66,6 +70,7 @@ async fn build(
     topology: &Topology,
     consuming: Connection,
     publishing: Connection,
+    takes_fresh: impl Fn(CommandKind) -> bool,
 ) -> lapin::Result<Generation> {
     let events = publishing.events_listener().boxed();
     let publisher = Arc::new(Publisher::new(publishing, topology).await?);
@@ -74,7 +79,7 @@ async fn build(
         let channel = consuming.create_channel().await?;
         // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
         channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        Lane::open(kind, channel, topology).await
+        Lane::open(kind, channel, topology, takes_fresh(kind)).await
     });
     let lanes = try_join_all(lanes).await?;
     let asking = consuming.create_channel().await?;

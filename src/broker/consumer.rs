@@ -35,15 +35,16 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Starts to consume.
+    /// Starts to consume, fresh commands only where it `takes_fresh`.
     pub(super) async fn open(
         kind: CommandKind,
         channel: Channel,
         topology: &Topology,
+        takes_fresh: bool,
     ) -> lapin::Result<Self> {
         let (queue, retry) = (topology.queue(kind), topology.retry_queue(kind));
         let returned = consume(&channel, &retry).await?;
-        let fresh = Some(consume(&channel, &queue).await?);
+        let fresh = if takes_fresh { Some(consume(&channel, &queue).await?) } else { None };
         Ok(Self { kind, channel, queue, fresh, returned })
     }
 
@@ -72,10 +73,12 @@ impl Lane {
         self.fresh.is_none()
     }
 
-    /// Leaves fresh commands in their queue; those received but not yet taken go back to it.
-    pub async fn rest(&mut self) {
-        if let Some(consumer) = self.fresh.take() {
-            self.give_up(consumer).await;
+    /// Leaves fresh commands in their queue; those received but not yet taken go back to it. `Err`
+    /// says why that cannot be.
+    pub async fn rest(&mut self) -> Result<(), String> {
+        match self.fresh.take() {
+            Some(consumer) => self.give_up(consumer).await,
+            None => Ok(()),
         }
     }
 
@@ -94,27 +97,31 @@ impl Lane {
     /// Stops receiving and gives back what was received but not yet taken. What was taken can
     /// still be settled as long as the lane lives: its channel closes with it.
     pub async fn stop(&mut self) {
-        self.rest().await;
+        // What is not given back returns when the channel ends, a moment later.
+        self.rest().await.ok();
         let returned = self.returned.clone();
-        self.give_up(returned).await;
+        self.give_up(returned).await.ok();
     }
 
-    async fn give_up(&self, mut consumer: Consumer) {
+    async fn give_up(&self, mut consumer: Consumer) -> Result<(), String> {
         let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
         match timeout(CALL_LIMIT, cancel).await {
             Ok(Ok(())) => {}
-            _ => return,
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(_) => return Err(format!("the broker is silent about the {} queue", self.kind)),
         }
         while let Ok(Some(Ok(received))) = timeout(CALL_LIMIT, consumer.next()).await {
             Delivery::new(self.kind, received).give_back().await;
         }
+        Ok(())
     }
 }
 
 async fn consume(channel: &Channel, queue: &str) -> lapin::Result<Consumer> {
     let options = BasicConsumeOptions::default();
-    // Its tag is its queue's name: a channel may have a tag once only.
-    channel.basic_consume(queue.into(), queue.into(), options, FieldTable::default()).await
+    // The broker makes up a tag: one of a former consumer on the channel may still have unsettled
+    // commands to its name.
+    channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await
 }
 
 /// The broker did not take an ack: the command will be delivered again.

@@ -38,8 +38,12 @@ pub async fn connect(
     let runtime = Runtime::new(RuntimeParts::new(tokio.clone(), Filtering(tokio.clone())));
     let connect = async move |uri: AMQPUri, _| {
         // On the plain runtime: with the filtering one, TLS would come on top of the filter.
-        let stream =
-            uri.connect_with_config_async(config.as_ref(), &Runtime::new(tokio.clone())).await?;
+        let plain = Runtime::new(tokio.clone());
+        let stream = tokio::select! {
+            stream = uri.connect_with_config_async(config.as_ref(), &plain) => stream?,
+            // A TLS handshake that is never answered.
+            () = abandoned.cancelled() => return Err(io::Error::from(io::ErrorKind::ConnectionAborted).into()),
+        };
         Ok(AsyncTcpStream::Plain(Filtered::new(stream, abandoned.clone())))
     };
     let encrypted = matches!(uri.scheme, AMQPScheme::AMQPS);

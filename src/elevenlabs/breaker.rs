@@ -9,8 +9,9 @@ use crate::domain::command::CommandKind;
 
 use super::error::{Class, Error};
 
-/// A vendor that has just been seen to answer is let off no further failure.
-const LIMIT_HALF_OPEN: u32 = 1;
+/// The longest time that all commands are kept waiting because one answer asked for it. A probe after
+/// that is but a read.
+const LONGEST_ASKED: Duration = Duration::from_secs(10 * 60);
 
 /// Whether the vendor can be used, in the usual words: closed is good.
 #[derive(Clone, Debug)]
@@ -51,7 +52,7 @@ impl Outage {
         Self {
             class: error.class(),
             reason: error.to_string(),
-            retry_at: error.retry_after().and_then(|wait| Instant::now().checked_add(wait)),
+            retry_at: error.retry_after().map(|wait| Instant::now() + wait.min(LONGEST_ASKED)),
         }
     }
 
@@ -111,9 +112,10 @@ impl Breaker {
         let asked = error.retry_after().is_some_and(|wait| !wait.is_zero());
         self.state.send_if_modified(|state| {
             let limit = match state {
-                State::Closed if asked => 1,
+                State::Closed | State::HalfOpen if asked => 1,
                 State::Closed => limit(class),
-                State::HalfOpen => LIMIT_HALF_OPEN,
+                // It has just answered: cancels that fail must not keep everything else waiting.
+                State::HalfOpen => return false,
                 State::Open(outage) => {
                     // The longest wait asked for counts, whoever was asked.
                     let retry_at = Outage::of(error).retry_at.max(outage.retry_at);
@@ -204,13 +206,18 @@ mod tests {
     }
 
     #[test]
-    fn half_open_the_first_failure_opens_it_again_and_a_refusal_of_one_key_is_no_failure() {
+    fn cancels_that_fail_half_open_do_not_keep_it_open_but_a_time_that_is_asked_for_does() {
         let breaker = Breaker::default();
         breaker.half_open();
-        breaker.record(&failed(401, None));
+        for _ in 0..9 {
+            breaker.record(&failed(500, None));
+            breaker.record(&failed(401, None));
+        }
         assert!(!is_open(&breaker));
-        breaker.record(&failed(500, None));
+        breaker.record(&failed(503, Some(u64::from(u32::MAX))));
         assert!(is_open(&breaker));
+        let State::Open(outage) = breaker.watch().borrow().clone() else { panic!("it is open") };
+        assert!(outage.asks_for() <= LONGEST_ASKED, "{outage:?}");
         breaker.close();
         assert!(is_open(&breaker), "only what was half open closes");
         breaker.half_open();

@@ -135,8 +135,8 @@ struct Tried {
 /// The end of a series of attempts.
 enum Attempts {
     Ended(Result<Answer, Error>),
-    /// The horizon is over, and the vendor asks for more time.
-    NoMore(String),
+    /// The horizon is over, and the vendor asks for more time, or refuses the key.
+    GivenUp(String),
     /// `not_after` has passed.
     Expired,
     Deferred(Deferral),
@@ -179,9 +179,12 @@ impl Handler {
             }
             Job::Existing(kind, target) => (kind, target),
         };
-        let mut tried =
-            Tried { attempts: turn.earlier().attempts, in_doubt: turn.earlier().in_doubt };
-        let outcome = match self.batch_of(kind, target, &turn, stopping).await {
+        let mut tried = Tried {
+            attempts: turn.earlier().attempts,
+            // Whoever had it before, and left no word, may have sent it.
+            in_doubt: turn.earlier().in_doubt || message.redeliveries > 0,
+        };
+        let outcome = match self.batch_of(kind, target, &turn, tried, stopping).await {
             Looked::Batch(id) => {
                 let attempts = if kind == CommandKind::Cancel {
                     let call = || self.cancel(&id);
@@ -193,7 +196,7 @@ impl Handler {
                 match attempts {
                     Attempts::Ended(Ok(answer)) => outcome::succeeded(answer, None),
                     Attempts::Ended(Err(error)) => outcome::not_done(kind, &error, tried),
-                    Attempts::NoMore(reason) => outcome::given_up(kind, &reason, tried),
+                    Attempts::GivenUp(reason) => outcome::given_up(kind, &reason, tried),
                     Attempts::Expired => outcome::too_late(kind, tried),
                     Attempts::Deferred(deferral) => return deferred(&message, deferral, tried),
                     // To read or to cancel twice is harmless.
@@ -218,15 +221,17 @@ impl Handler {
             outcome: outcome::poison(kind, deliveries),
         };
         let ending = if kind == CommandKind::Submit && message.producer_id().is_some() {
-            let if_begun = |history: History| Ending {
-                attempts: history.attempts,
-                outcome: outcome::poison_begun(&command_id, deliveries),
+            let ending = |begun: Option<History>| match begun {
+                None => poison.clone(),
+                Some(history) => Ending {
+                    attempts: history.attempts,
+                    outcome: outcome::poison_begun(&command_id, deliveries),
+                },
             };
-            match self.ledger.condemn(&command_id, if_begun).await {
-                Ok(Found::Nobody) => poison,
+            match self.ledger.condemn(&command_id, ending).await {
                 Ok(Found::Settled(ending)) => ending,
                 // Nothing is answered that is not known to be true.
-                Ok(Found::InHand) | Err(_) => {
+                Ok(Found::InHand | Found::Nobody) | Err(_) => {
                     let earlier = message.earlier.set_aside(deliveries);
                     return Handled::Deferred { wait: Duration::ZERO, earlier };
                 }
@@ -293,6 +298,7 @@ impl Handler {
         kind: CommandKind,
         target: Target,
         turn: &Turn,
+        tried: Tried,
         stopping: &Stopping,
     ) -> Looked {
         let submit_id = match target {
@@ -303,7 +309,6 @@ impl Handler {
         let mut strike = kind == CommandKind::Cancel;
         loop {
             if turn.has_expired() {
-                let tried = Tried { attempts: 0, in_doubt: false };
                 return Looked::Nothing(outcome::too_late(kind, tried));
             }
             let found = self.ledger.find(&submit_id, strike).await;
@@ -354,7 +359,7 @@ impl Handler {
                 Clearance::Call => {}
                 Clearance::Defer(deferral) => return Attempts::Deferred(deferral),
                 Clearance::Expired => return Attempts::Expired,
-                Clearance::NoMore(reason) => return Attempts::NoMore(reason),
+                Clearance::NoMore(reason) => return Attempts::GivenUp(reason),
                 Clearance::Stopped => return Attempts::Stopped,
             }
             tried.attempts += 1;
@@ -377,6 +382,10 @@ impl Handler {
             let wait = match turn.next(error.retry_after()) {
                 Next::Wait(wait) => wait,
                 Next::Defer(deferral) => return Attempts::Deferred(deferral),
+                // Whether it is the key could not be found out.
+                Next::Over if error.class() == Class::Unauthorized => {
+                    return Attempts::GivenUp(error.to_string());
+                }
                 Next::Over => return Attempts::Ended(result),
             };
             info!(

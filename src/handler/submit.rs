@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::crash;
 use crate::domain::command::{CommandKind, CommandMessage};
 use crate::domain::result::{Ending, Outcome, ResultOf};
-use crate::elevenlabs::{Answer, Error, Lost, SubmitRequest};
+use crate::elevenlabs::{Answer, Class, Error, Lost, SubmitRequest};
 use crate::ledger::{Claim, Go, Lease, Unavailable};
 use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
@@ -21,9 +21,9 @@ use reconcile::Reconciled;
 use super::outcome::{
     expired, failure, provider_warning, reused, struck, submit_unknown, succeeded, unavailable,
 };
-use super::turn::{Deferral, Next, Turn};
+use super::turn::{Deferral, May, Next, Turn};
 use super::vendor::{Clearance, Key};
-use super::{Handled, Handler, Stopping, Then, Tried, answered, deferred, then};
+use super::{Handled, Handler, Stopping, Then, Tried, VendorState, answered, deferred, then};
 
 /// How often to try a ledger that cannot be used, before anything of a submit has begun.
 const CLAIMING: Policy =
@@ -113,7 +113,7 @@ impl Handler {
         let later = |turn: &Turn| {
             let earlier = turn.earlier();
             let tried = Tried { attempts: earlier.attempts, in_doubt: earlier.in_doubt };
-            deferred(message, turn.deferral(Duration::ZERO), tried)
+            deferred(message, turn.deferral(earlier.asked_to_wait()), tried)
         };
         loop {
             crash::point(1);
@@ -207,7 +207,12 @@ impl Execution<'_> {
             }
             Reconciled::Absent => {
                 self.in_doubt = false;
-                Step::Send
+                // One that is lost again and again is not held for ever.
+                if self.sent && self.turn.left_in_hand().is_zero() {
+                    Step::Defer(self.turn.deferral(Duration::ZERO))
+                } else {
+                    Step::Send
+                }
             }
             Reconciled::Deferred(deferral) => Step::Defer(deferral),
             Reconciled::TakenOver => Step::TakenOver,
@@ -221,7 +226,7 @@ impl Execution<'_> {
         if self.lease.is_struck() {
             return Some(Step::Settle(struck(self.attempts)));
         }
-        match self.clearance().await {
+        match self.clearance(Turn::may_call).await {
             Clearance::Call => {}
             Clearance::Defer(deferral) => return Some(Step::Defer(deferral)),
             Clearance::Expired => return Some(Step::Settle(expired(self.attempts))),
@@ -287,18 +292,25 @@ impl Execution<'_> {
                 Step::Send
             }
             Next::Defer(deferral) => Step::Defer(deferral),
+            // Whether it is the key could not be found out.
+            Next::Over if error.class() == Class::Unauthorized => {
+                Step::Settle(unavailable(self.attempts, &error.to_string()))
+            }
             Next::Over => Step::Settle(failure(&error, self.attempts)),
         }
     }
 
     /// Waits until the vendor may be called, and keeps the submit meanwhile.
-    async fn clearance(&mut self) -> Clearance {
+    async fn clearance(
+        &mut self,
+        may: impl Fn(&Turn, CommandKind, &VendorState) -> May,
+    ) -> Clearance {
         let mut vendor = self.handler.breaker().watch();
         loop {
             if self.stopping.claimed.is_cancelled() {
                 return Clearance::Stopped;
             }
-            let may = self.turn.may_call(CommandKind::Submit, &vendor.borrow_and_update());
+            let may = may(self.turn, CommandKind::Submit, &vendor.borrow_and_update());
             let limit = match Clearance::of(may) {
                 Ok(clearance) => return clearance,
                 Err(limit) => limit,
@@ -307,7 +319,8 @@ impl Execution<'_> {
                 changed = vendor.changed() => if changed.is_err() { return Clearance::Stopped },
                 paused = self.pause(limit) => match paused {
                     Paused::ToTheEnd => {}
-                    // Which it is, is found before the request.
+                    Paused::Interrupted if self.stopping.claimed.is_cancelled() => {}
+                    // A cancel or a lost lease: which it is, is found before the request.
                     Paused::Interrupted => return Clearance::Call,
                 },
             }

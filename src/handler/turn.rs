@@ -94,16 +94,19 @@ impl Turn {
 
     /// Has to say [`May::Call`] immediately before each call.
     pub fn may_call(&self, kind: CommandKind, vendor: &State) -> May {
-        if self.has_expired() {
-            return May::Expired;
-        }
+        if self.has_expired() { May::Expired } else { self.may_look(kind, vendor) }
+    }
+
+    /// The same for a read that tells what came of an earlier call, whatever time it is.
+    pub fn may_look(&self, kind: CommandKind, vendor: &State) -> May {
         let in_hand = self.left_in_hand();
         let asked = self.earlier.asked_to_wait();
-        if !asked.is_zero() {
+        let left = self.remaining(Duration::ZERO);
+        // Nobody asks for more than the horizon but a producer who makes it up.
+        if !asked.is_zero() && asked <= left {
             let fits = asked <= in_hand;
             return if fits { May::Wait(asked) } else { May::Defer(self.deferral(asked)) };
         }
-        let left = self.remaining(Duration::ZERO);
         if vendor.lets_through(kind) {
             return May::Call;
         }

@@ -113,6 +113,10 @@ impl Handler {
                 pace = PROBING.start();
             }
             tokio::time::sleep(pace.next_wait(Some(asked)).unwrap_or(asked)).await;
+            // Another answer may have asked for more meanwhile.
+            if matches!(&*state.borrow(), State::Open(outage) if !outage.asks_for().is_zero()) {
+                continue;
+            }
             match self.vendor.probe().await {
                 // A refusal for another reason than the key is an answer.
                 Err(error) if !matches!(error.class(), Class::Refused) => {

@@ -5,6 +5,7 @@
 //! transaction; `sqlite.rs`, `postgres.rs` and `memory.rs` keep the rows. This file is what the
 //! handler sees: claims, leases, and the tasks of this process that wait for each other.
 
+mod error;
 mod group;
 mod memory;
 mod postgres;
@@ -30,6 +31,7 @@ use group::Request;
 use row::{Millis, Op, Reply};
 use store::{Store, StoreError};
 
+pub use error::{OpenError, Unavailable};
 pub use row::History;
 
 /// Requests that wait for the store; who comes when they are so many waits to be one of them.
@@ -40,7 +42,7 @@ const WAITING: usize = 1024;
 pub const STRIKE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Where the rows are.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Location {
     /// A file, for one worker.
     Sqlite(PathBuf),
@@ -51,7 +53,7 @@ pub enum Location {
 }
 
 /// How to keep them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// Where.
     pub location: Location,
@@ -59,64 +61,6 @@ pub struct Settings {
     pub retention: Duration,
     /// The longest a request to the vendor can take. A lease is twice as long.
     pub longest_request: Duration,
-}
-
-/// Why there is no ledger.
-#[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each text says it")]
-pub enum OpenError {
-    #[error(
-        "the ledger {} is in use by another worker; give each worker that has queues of its own a \
-         file of its own, and workers that share queues one PostgreSQL (LEDGER_URL=postgres://…)",
-        path.display()
-    )]
-    InUse { path: PathBuf },
-    #[error(
-        "the ledger {} cannot be opened; set LEDGER_URL=sqlite:PATH to a file in a directory that \
-         exists and that the worker may write to",
-        path.display()
-    )]
-    File { path: PathBuf, source: rusqlite::Error },
-    #[error(
-        "LEDGER_URL is no PostgreSQL URL, or has a parameter that is not known; example: \
-         postgres://user:password@host:5432/database?sslmode=require, with special characters of the \
-         password percent-encoded"
-    )]
-    Url,
-    #[error(
-        "the ledger {} is damaged, or no ledger; restore it, or empty the queues before you start \
-         with a new one, which does not know what was sent",
-        path.display()
-    )]
-    Damaged { path: PathBuf, source: rusqlite::Error },
-    #[error(
-        "the ledger in PostgreSQL cannot be opened; check LEDGER_URL, the server, and that its user \
-         may create tables"
-    )]
-    Server { source: tokio_postgres::Error },
-    #[error("the ledger in PostgreSQL cannot be reached; check LEDGER_URL and the server")]
-    Pool { source: deadpool_postgres::PoolError },
-    #[error("the connection pool to PostgreSQL cannot be set up")]
-    Build { source: deadpool_postgres::BuildError },
-    #[error("TLS to PostgreSQL cannot be set up; check the CA certificates of this system")]
-    Tls { source: rustls::Error },
-    #[error(
-        "{place} was made by a newer version of call-manager; use that version (a new ledger only when \
-         the queues are empty: it does not know what was sent)"
-    )]
-    Newer { place: String },
-}
-
-/// The ledger cannot be read or written right now. Nothing is known of what was asked for; all of
-/// it may be repeated.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("the ledger cannot be used")]
-pub struct Unavailable(#[source] Arc<StoreError>);
-
-impl From<StoreError> for Unavailable {
-    fn from(error: StoreError) -> Self {
-        Self(Arc::new(error))
-    }
 }
 
 /// The answer to "may I execute this submit?".
@@ -266,12 +210,12 @@ impl Ledger {
         })
     }
 
-    /// Gives up a submit whose executions all ended with their worker. One that was begun is recorded
-    /// with the ending `if_begun`: nobody executes it any more.
+    /// Gives up a submit whose executions all ended with their worker: records an ending for it, which
+    /// may depend on what was done, so that nobody executes it any more.
     pub async fn condemn(
         &self,
         command_id: &str,
-        if_begun: impl Fn(History) -> Ending,
+        ending_of: impl Fn(Option<History>) -> Ending,
     ) -> Result<Found, Unavailable> {
         let command_id: Arc<str> = command_id.into();
         let Ok(_holding) = self.enter(&command_id) else { return Ok(Found::InHand) };
@@ -279,11 +223,10 @@ impl Ledger {
         loop {
             let op = Op::Condemn { worker: self.0.worker, ending: ending.take() };
             return Ok(match self.0.ask(&command_id, op).await? {
-                Reply::Nobody => Found::Nobody,
                 Reply::InHand { .. } => Found::InHand,
                 Reply::Settled(ending) => Found::Settled(read(&ending)?),
-                Reply::Yours { history: Some(history), .. } => {
-                    let json = serde_json::to_string(&if_begun(history));
+                Reply::Yours { history, .. } => {
+                    let json = serde_json::to_string(&ending_of(history));
                     ending = Some(json.map_err(StoreError::Ending)?.into());
                     continue;
                 }
@@ -388,10 +331,15 @@ impl Lease {
             Reply::Yours { history, struck } => {
                 self.struck = struck;
                 self.since = asked;
+                self.unused = false;
                 let then = history.map(|history| history.age).unwrap_or_default();
                 Ok(Some(Age { then, since: asked }))
             }
-            Reply::Gone => Ok(None),
+            Reply::Gone => {
+                // Whatever the local clock says of it.
+                self.unused = false;
+                Ok(None)
+            }
             _ => Err(unexpected()),
         }
     }

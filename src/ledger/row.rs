@@ -14,7 +14,7 @@ const LONG_AGO: Duration = Duration::from_secs(24 * 60 * 60);
 /// What is known of one submit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
-    /// Tells two bodies apart; `None` while there is only a strike.
+    /// Tells two bodies apart; `None` while there is only a strike, and where it was given up unread.
     pub fingerprint: Option<Uuid>,
     /// Until when it must not be begun.
     pub struck_until: Option<Millis>,
@@ -105,7 +105,7 @@ pub enum Op {
         /// A request may have left: whoever comes next has to look for its batch first.
         may_have_left: bool,
     },
-    /// Record how it ended, where somebody has begun it and left no word.
+    /// Record how it ended, unless somebody has it in hand.
     Condemn {
         /// Who asks. What it had in hand itself it has not any more.
         worker: Uuid,
@@ -140,7 +140,7 @@ pub enum Reply {
     Conflict,
     /// Renew, settle: another worker has taken it over.
     Gone,
-    /// Release: done. Find, condemn: nobody has begun it.
+    /// Release: done. Find: nobody has begun it.
     Nobody,
 }
 
@@ -222,27 +222,7 @@ impl Op {
                 }
                 Reply::Nobody
             }
-            Self::Condemn { worker, ending } => {
-                let Some(row) = row else { return Reply::Nobody };
-                match &row.state {
-                    State::Waiting => Reply::Nobody,
-                    State::Settled { ending, .. } => Reply::Settled(Arc::clone(ending)),
-                    State::InHand(hold) if hold.worker != *worker && hold.lease_until > now => {
-                        Reply::InHand { remaining: between(now, hold.lease_until) }
-                    }
-                    State::InHand(hold) => match ending {
-                        None => {
-                            let history = Some(History::of(hold, now));
-                            Reply::Yours { history, struck: is_later(row.struck_until, now) }
-                        }
-                        Some(ending) => {
-                            row.struck_until = None;
-                            row.state = State::Settled { at: now, ending: Arc::clone(ending) };
-                            Reply::Settled(Arc::clone(ending))
-                        }
-                    },
-                }
-            }
+            Self::Condemn { worker, ending } => condemn(row, now, *worker, ending.as_ref()),
             Self::Find { strike } => find(row, now, *strike),
         }
     }
@@ -270,6 +250,23 @@ fn claim(row: &mut Option<Row>, now: Millis, fingerprint: Uuid, mut new: Hold) -
     }
     *row = Some(Row { fingerprint: Some(fingerprint), struck_until, state: State::InHand(new) });
     Reply::Yours { history, struck: is_later(struck_until, now) }
+}
+
+fn condemn(row: &mut Option<Row>, now: Millis, asks: Uuid, ending: Option<&Arc<str>>) -> Reply {
+    let mut history = None;
+    match row.as_ref().map(|row| &row.state) {
+        Some(State::Settled { ending, .. }) => return Reply::Settled(Arc::clone(ending)),
+        Some(State::InHand(hold)) if hold.worker != asks && hold.lease_until > now => {
+            return Reply::InHand { remaining: between(now, hold.lease_until) };
+        }
+        Some(State::InHand(hold)) => history = Some(History::of(hold, now)),
+        None | Some(State::Waiting) => {}
+    }
+    let Some(ending) = ending else { return Reply::Yours { history, struck: false } };
+    let fingerprint = row.as_ref().and_then(|row| row.fingerprint);
+    let state = State::Settled { at: now, ending: Arc::clone(ending) };
+    *row = Some(Row { fingerprint, struck_until: None, state });
+    Reply::Settled(Arc::clone(ending))
 }
 
 fn find(row: &mut Option<Row>, now: Millis, strike: Option<Duration>) -> Reply {

@@ -261,3 +261,33 @@ fn no_span_and_no_time_is_too_long() {
         assert_eq!(before(Millis::MIN, Duration::MAX), Millis::MIN);
     }
 }
+
+fn condemn(worker: Uuid, ending: Option<&str>) -> Op {
+    Op::Condemn { worker, ending: ending.map(Into::into) }
+}
+
+#[test]
+fn what_is_condemned_is_executed_by_nobody_whether_or_not_it_was_begun() {
+    for begun in [false, true] {
+        let mut row = None;
+        if begun {
+            claim(ANA, 1).apply(&mut row, NOW);
+        }
+        let asked = if begun { left(LEASE, 1) } else { FRESH };
+        changes_nothing(row.as_ref(), LEASE, &condemn(BEN, None), &asked);
+        assert_eq!(condemn(BEN, Some("x")).apply(&mut row, NOW + LEASE), settled("x"));
+        changes_nothing(row.as_ref(), LEASE, &claim(ANA, 2), &settled("x"));
+        changes_nothing(row.as_ref(), LEASE, &condemn(ANA, Some("y")), &settled("x"));
+        changes_nothing(row.as_ref(), LEASE, &LOOK, &settled("x"));
+    }
+}
+
+#[test]
+fn what_another_worker_has_in_hand_is_not_condemned() {
+    let mut row = None;
+    claim(ANA, 1).apply(&mut row, NOW);
+    let held = Reply::InHand { remaining: span(1) };
+    changes_nothing(row.as_ref(), LEASE - 1, &condemn(BEN, Some("x")), &held);
+    // Its own former claim is not.
+    assert_eq!(condemn(ANA, Some("x")).apply(&mut row, NOW), settled("x"));
+}

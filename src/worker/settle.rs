@@ -12,7 +12,7 @@ use crate::domain::Earlier;
 use crate::domain::command::CommandMessage;
 use crate::domain::result::{ErrorCode, ResultEvent};
 use crate::handler::Handled;
-use crate::retry::Policy;
+use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
 
 use super::{Link, Shared, wait};
@@ -65,7 +65,8 @@ pub async fn settle(
     };
     if let Some(reason) = &reason {
         error!(message_id = message.producer_id(), reason, "goes to the dead-letter queue");
-        if let Err(error) = link.publisher.dead_letter(&delivery, reason).await {
+        let copied = copied(&link, || link.publisher.dead_letter(&delivery, reason)).await;
+        if let Err(error) = copied {
             return lose(&delivery, &link, &error);
         }
     }
@@ -124,9 +125,10 @@ async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) ->
 /// To a delay queue, and only then acknowledged.
 async fn defer(delivery: &Delivery, link: &Link, wait: Duration, earlier: &Earlier) {
     let delay = Delay::of(wait);
-    if let Err(error) = link.publisher.defer(delivery, delay, earlier).await {
+    if let Err(error) = copied(link, || link.publisher.defer(delivery, delay, earlier)).await {
         return lose(delivery, link, &error);
     }
+    crash::point(9);
     let message = &delivery.message;
     if let Err(error) = delivery.ack().await {
         warn!(message_id = message.producer_id(), %error);
@@ -140,6 +142,38 @@ async fn defer(delivery: &Delivery, link: &Link, wait: Duration, earlier: &Earli
         delay_s = delay.duration().as_secs(),
         "deferred"
     );
+}
+
+/// Until the broker has the copy, or the generation ends: a full queue is no reason to lose all that
+/// is in hand.
+async fn copied<F>(link: &Link, publish: impl Fn() -> F) -> Result<(), PublishError>
+where
+    F: Future<Output = Result<(), PublishError>>,
+{
+    let mut pace = REPUBLISH.start();
+    loop {
+        match publish().await {
+            Err(error @ PublishError::Refused) => refused(link, &mut pace, error).await?,
+            other => return other,
+        }
+    }
+}
+
+/// Waits a moment before what a full queue refused is published again; `Err` where that is no use.
+async fn refused(
+    link: &Link,
+    pace: &mut Schedule,
+    error: PublishError,
+) -> Result<(), PublishError> {
+    // A stop alone is no reason: unpublished, the command would be executed again.
+    if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
+        return Err(error);
+    }
+    tokio::select! {
+        () = wait(pace, &link.stopping.now) => {}
+        () = link.lost.cancelled() => {}
+    }
+    Ok(())
 }
 
 fn lose(delivery: &Delivery, link: &Link, error: &PublishError) {
@@ -166,14 +200,7 @@ async fn publish(
             }
             Err(error @ PublishError::Refused) => {
                 warn!(command_id = event.command_id, %error, "trying again");
-                // A stop alone is no reason: unpublished, the command would be executed again.
-                if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
-                    return Err(error);
-                }
-                tokio::select! {
-                    () = wait(&mut pace, &link.stopping.now) => {}
-                    () = link.lost.cancelled() => {}
-                }
+                refused(link, &mut pace, error).await?;
             }
             Err(error) => return Err(error),
         }

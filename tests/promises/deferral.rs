@@ -11,6 +11,8 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 use tokio::time::timeout;
 
+#[cfg(feature = "crash-points")]
+use crate::process::Process;
 use crate::support::{
     LIMIT, Received, World, consume, exclusive_queue, submit_body, until, with_id,
 };
@@ -142,5 +144,23 @@ async fn headers_of_a_deferral_that_a_producer_makes_up_do_no_harm() {
         world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
         assert_eq!(world.next_result().await.code(), "200", "{value}");
     }
+    world.finish().await;
+}
+
+#[cfg(feature = "crash-points")]
+#[tokio::test]
+async fn a_worker_that_dies_between_deferral_and_ack_makes_no_second_batch() {
+    let mut world = World::without_worker().await;
+    world.sandbox.order(limited());
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
+    let ledger = world.ledger_url();
+    Process::start(&world, &ledger, &[("CRASH_AT", "9")]).killed().await;
+    // In its queue and in a delay queue: both are executed, and one of them creates the batch.
+    let next = Process::consuming(&world, &ledger, &[]).await;
+    let first = world.next_result().await;
+    assert_eq!(first.code(), "200", "{}", first.body);
+    assert_eq!(world.next_result().await.body, first.body, "the other copy's result is the same");
+    assert_eq!(world.sandbox.batches().len(), 1);
+    next.stop().await;
     world.finish().await;
 }

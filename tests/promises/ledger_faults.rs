@@ -57,8 +57,9 @@ impl Trial {
 
     /// While the ledger cannot be written: the log says why, and nothing is sent.
     async fn stands_still(&mut self, cause: &str) {
-        self.worker.until_logged(cause).await;
+        // What was published before may be done by now.
         self.load.publish(&self.world, 30).await;
+        self.worker.until_logged(cause).await;
         // What was claimed before may still be on its way.
         let (mut sent, mut since) = (self.world.sandbox.requests().len(), Instant::now());
         let began = Instant::now();
@@ -228,4 +229,23 @@ async fn a_full_disk_is_waited_for() {
 #[tokio::test]
 async fn a_ledger_file_that_may_not_grow_is_waited_for() {
     waits_for_disk("SQLite, limited files", with_limited_files).await;
+}
+
+#[tokio::test]
+async fn a_postgres_that_is_away_at_the_start_is_waited_for() {
+    let mut server = Server::start().await;
+    server.stop(false).await;
+    let mut world = World::without_worker().await;
+    let worker = Process::start(&world, server.url(), &SETTINGS);
+    worker.until_logged("no ledger; trying again").await;
+    let (status, body) = worker.ready().await;
+    assert_eq!(status, 503);
+    assert!(body.contains("\"ledger: the ledger in PostgreSQL cannot be opened"), "{body}");
+    assert_eq!(worker.health().await, Some(200));
+    server.start_again().await;
+    worker.until_logged("consuming").await;
+    assert!(!world.submitted().await.is_empty());
+    worker.stop().await;
+    world.finish().await;
+    server.end().await;
 }

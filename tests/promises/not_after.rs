@@ -113,3 +113,18 @@ async fn a_batch_that_an_earlier_attempt_created_is_not_called_expired() {
         world.finish().await;
     }
 }
+
+#[tokio::test]
+async fn a_cancel_that_may_have_been_done_is_not_called_undone_because_it_is_late() {
+    let mut world = World::start().await;
+    submit(&world, with_id("s")).await;
+    assert_eq!(world.next_result().await.code(), "200");
+    let done = Reply::new(503).retry_after("11").processed();
+    world.sandbox.order(Fault::on(Route::Cancel, Effect::Status(done)));
+    let by_id = json!({"command_id": "s"}).to_string();
+    world.publish(CommandKind::Cancel, by_id.as_bytes(), in_seconds(5)).await;
+    let result = world.next_result().await;
+    assert_eq!(result.code(), "500 outcome_unknown", "{}", result.body);
+    assert!(result.error().contains("People may still be called"), "{}", result.error());
+    world.finish().await;
+}

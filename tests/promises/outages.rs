@@ -1,10 +1,11 @@
 //! While ElevenLabs cannot be used, commands wait in their queue; none fails, and cancels go first.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
+use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 
 use crate::start::Process;
@@ -168,5 +169,57 @@ async fn readiness_names_what_cannot_be_used_and_liveness_stays_green() {
     until("it is ready again", async || process.get("/health/ready").await.0 == 200).await;
     process.signal("TERM");
     assert_eq!(process.ended().await.0, Some(0));
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_lost_submit_past_its_time_waits_for_the_key_without_asking_all_the_time() {
+    let mut world = World::start().await;
+    world.sandbox.order(Fault::on(Route::Submit, Effect::ResetAfter));
+    world.sandbox.order(Fault::on(Route::List, status(401)).until_cleared());
+    let mut headers = FieldTable::default();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    headers.insert("not_after".into(), AMQPValue::Timestamp(now + 1));
+    let properties = with_id("m").with_headers(headers);
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
+    let since = Instant::now();
+    until("its time is over", async || since.elapsed() >= Duration::from_secs(4)).await;
+    let looked = world.requests(Route::List);
+    assert!(looked < 20, "{looked} looks in 4 s");
+    world.sandbox.clear_faults();
+    assert_eq!(world.next_result().await.code(), "200", "its batch exists");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_stop_sends_nothing_to_a_vendor_that_cannot_be_used() {
+    let mut world = World::start().await;
+    world.sandbox.order(Fault::on(Route::Any, status(401)).until_cleared());
+    publish_submits(&world, 1).await;
+    until("the key is found out", async || world.requests(Route::List) >= 2).await;
+    world.stop_worker().await;
+    assert_eq!(world.requests(Route::Submit), 1);
+    world.sandbox.clear_faults();
+    world.start_worker(|_| {}).await;
+    assert_eq!(world.next_result().await.code(), "200");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn cancels_that_fail_do_not_keep_everything_else_waiting() {
+    let mut world = World::start().await;
+    let id = world.submitted().await;
+    world.sandbox.order(Fault::on(Route::Cancel, status(503)).until_cleared());
+    let body = json!({"batch_id": id}).to_string();
+    for n in 0..6 {
+        let id = with_id(&format!("cancel-{n}"));
+        world.publish(CommandKind::Cancel, body.as_bytes(), id).await;
+    }
+    until("the breaker has opened", async || world.requests(Route::List) > 0).await;
+    let since = Instant::now();
+    assert!(!world.submitted().await.is_empty());
+    assert!(since.elapsed() < Duration::from_secs(15), "{:?}", since.elapsed());
+    world.sandbox.clear_faults();
+    assert_eq!(results(&mut world, 6).await.len(), 6);
     world.finish().await;
 }

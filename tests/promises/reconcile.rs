@@ -171,9 +171,11 @@ async fn submits_with_equal_bodies_that_are_all_lost_at_once_find_each_its_own()
     for n in 0..10 {
         submit(&world, &format!("m-{n}")).await;
     }
+    let mut answered = std::collections::HashSet::new();
     for _ in 0..10 {
         let result = world.next_result().await;
         assert_adopted(&world, &result);
+        assert!(answered.insert(result.command_id()), "answered once");
     }
     assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (10, 10));
     world.finish().await;

@@ -8,6 +8,7 @@ use elevenlabs_sandbox::{Effect, Fault, Route};
 use futures_util::future::join_all;
 use serde_json::Value;
 
+use crate::load::until_memory_is_back;
 use crate::process::Process;
 use crate::support::load::Load;
 use crate::support::node::Node;
@@ -65,7 +66,7 @@ impl Row {
     /// Asserts that nothing is left: no message, none unacknowledged, no memory.
     pub async fn finish(self) {
         until_idle(&self.node).await;
-        until_as_small_as(&self.worker, self.resident).await;
+        until_memory_is_back(&self.worker, self.resident).await;
         // A request that was given up for lost has ended by then, too.
         self.worker.stop().await;
         assert_eq!(self.world.sandbox.batches().len(), self.submitted, "one batch per submit");
@@ -91,12 +92,6 @@ pub fn slow_down(world: &World) {
 /// As a [`Load`] names its commands.
 pub fn ids(name: &str, count: usize) -> HashSet<String> {
     (0..count).map(|number| format!("{name}-{number}")).collect()
-}
-
-/// Waits until a worker has no more memory in use than it had before, and a fifth.
-pub async fn until_as_small_as(worker: &Process, before: u64) {
-    until("the memory is given back", async || worker.resident_bytes() * 5 <= before * 6).await;
-    eprintln!("resident memory: {} KiB, then {} KiB", before >> 10, worker.resident_bytes() >> 10);
 }
 
 /// Takes results until each of these commands has one, and then what is left; fails as

@@ -10,7 +10,7 @@ use crate::ledger::Lease;
 use crate::retry::Policy;
 use crate::telemetry::chain;
 
-use super::super::turn::{Deferral, SHORTEST_DELAY};
+use super::super::turn::{Deferral, SHORTEST_DELAY, Turn};
 use super::super::vendor::Clearance;
 use super::{Execution, Waited, wait_for_ledger};
 
@@ -43,8 +43,8 @@ impl Execution<'_> {
         let mut settling: Option<Instant> = None;
         let mut looks = 0;
         loop {
-            match self.clearance().await {
-                // That it is too late to send it says nothing about what was sent.
+            // That it is too late to send it says nothing about what was sent.
+            match self.clearance(Turn::may_look).await {
                 Clearance::Call | Clearance::Expired => {}
                 Clearance::Defer(deferral) => return Reconciled::Deferred(deferral),
                 Clearance::NoMore(asked) => return Reconciled::Unknown(asked),

@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::load::until_memory_is_back;
 use crate::process::Process;
-use crate::row::{Answers, PATIENT, ids, slow_down, until_as_small_as, until_idle, warm_up};
+use crate::row::{Answers, PATIENT, ids, slow_down, until_idle, warm_up};
 use crate::support::load::Load;
 use crate::support::node::Node;
 use crate::support::postgres::Database;
@@ -121,7 +122,7 @@ async fn the_leader_of_the_queue_is_killed_twice_and_costs_a_pool_neither_a_subm
 
     until_idle(&nodes[0]).await;
     for (worker, before) in workers.into_iter().zip(before) {
-        until_as_small_as(&worker, before).await;
+        until_memory_is_back(&worker, before).await;
         worker.stop().await;
     }
     assert_eq!(world.sandbox.batches().len(), batches, "none came late");

@@ -3,6 +3,7 @@
 mod cluster;
 mod network;
 mod nodes;
+mod outage;
 #[cfg(feature = "crash-points")]
 mod poison;
 mod processes;
