@@ -104,7 +104,11 @@ async fn open(
 ) -> anyhow::Result<Option<Ledger>> {
     let mut pace = OPENING.start();
     loop {
-        let error = match Ledger::open(settings.clone()).await {
+        let opened = tokio::select! {
+            opened = Ledger::open(settings.clone()) => opened,
+            () = stop.cancelled() => return Ok(None),
+        };
+        let error = match opened {
             Ok(ledger) => {
                 readiness.good(Part::Ledger);
                 return Ok(Some(ledger));

@@ -231,9 +231,10 @@ impl Worker {
             let since = Instant::now();
             let mut idle = 0;
             while idle < 2 && since.elapsed() < CANCELS_FIRST {
-                // The lane holds one permit for the delivery that it waits for.
+                // The lane holds one permit for the delivery that it waits for. With one alone, nobody
+                // can tell, and the time decides.
                 let held = self.shared.prefetch - permits.available_permits();
-                let in_hand = held.saturating_sub(1);
+                let in_hand = held.saturating_sub(usize::from(self.shared.prefetch > 1));
                 match pulse.ready(kind).await {
                     Ok(0) if in_hand == 0 => idle += 1,
                     Ok(_) => idle = 0,
@@ -291,10 +292,9 @@ impl Worker {
                     lane.resume().await
                 }
                 (false, false) => {
-                    warn!(
-                        command = lane.kind.name(),
-                        "takes no commands; they wait in their queue"
-                    );
+                    let reason = intake.vendor().or_else(|| intake.ledger());
+                    let command = lane.kind.name();
+                    warn!(command, reason, "takes no commands; they wait in their queue");
                     lane.rest().await
                 }
                 _ => Ok(()),

@@ -40,7 +40,7 @@ const ALARM_LIMIT: Duration = Duration::from_secs(4 * 60);
 pub enum PublishError {
     /// A queue that is bound for it is full and refuses it.
     #[error(
-        "the broker refused the result: a queue bound for it is full (x-overflow reject-publish)"
+        "the broker refused the message: a queue bound for it is full (x-overflow reject-publish)"
     )]
     Refused,
     /// It is larger than the broker's `max_message_size` (16 MiB by default since 4.0).

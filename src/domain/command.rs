@@ -157,7 +157,8 @@ impl CommandMessage {
         Ok(SystemTime::UNIX_EPOCH.checked_add(since))
     }
 
-    fn check_ids(&self) -> Result<(), Rejection> {
+    /// Whether the ids are such that the command can be known by them.
+    pub fn check_ids(&self) -> Result<(), Rejection> {
         for (name, id) in
             [("message_id", &self.message_id), ("correlation_id", &self.correlation_id)]
         {

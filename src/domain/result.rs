@@ -21,7 +21,7 @@ pub enum ErrorCode {
     NotFound,
     /// The vendor refused the request.
     RejectedByElevenlabs,
-    /// The vendor refused the worker's API key.
+    /// The vendor refused this command to the worker's API key, which it accepts otherwise.
     Unauthorized,
     /// The vendor could not be reached, or kept refusing for load, until the retry horizon.
     UpstreamUnavailable,

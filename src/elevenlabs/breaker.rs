@@ -134,7 +134,17 @@ impl Breaker {
 
     /// Opens it, or says why it stays open.
     pub fn open(&self, error: &Error) {
-        self.state.send_replace(State::Open(Outage::of(error)));
+        self.state.send_modify(|state| {
+            let mut outage = Outage::of(error);
+            if let State::Open(before) = state {
+                outage.retry_at = outage.retry_at.max(before.retry_at);
+                // That it cannot be asked now does not mean that the key is good.
+                if before.is_about_the_key() {
+                    outage.class = before.class;
+                }
+            }
+            *state = State::Open(outage);
+        });
     }
 
     /// The vendor answers: cancels may go.
@@ -148,6 +158,7 @@ impl Breaker {
         self.state.send_if_modified(|state| {
             let half_open = matches!(state, State::HalfOpen);
             if half_open {
+                self.failures.store(0, Ordering::Relaxed);
                 *state = State::Closed;
             }
             half_open

@@ -182,7 +182,9 @@ impl Handler {
         let mut tried = Tried {
             attempts: turn.earlier().attempts,
             // Whoever had it before, and left no word, may have sent it.
-            in_doubt: turn.earlier().in_doubt || message.redeliveries > 0,
+            in_doubt: turn.earlier().in_doubt
+                || message.redeliveries > 0
+                || turn.earlier().deliveries > 0,
         };
         let outcome = match self.batch_of(kind, target, &turn, tried, stopping).await {
             Looked::Batch(id) => {
@@ -220,7 +222,9 @@ impl Handler {
             attempts: message.earlier.attempts,
             outcome: outcome::poison(kind, deliveries),
         };
-        let ending = if kind == CommandKind::Submit && message.producer_id().is_some() {
+        // An id that is refused is no id of a submit.
+        let is_known = message.producer_id().is_some() && message.check_ids().is_ok();
+        let ending = if kind == CommandKind::Submit && is_known {
             let ending = |begun: Option<History>| match begun {
                 None => poison.clone(),
                 Some(history) => Ending {

@@ -94,14 +94,15 @@ impl Turn {
 
     /// Has to say [`May::Call`] immediately before each call.
     pub fn may_call(&self, kind: CommandKind, vendor: &State) -> May {
-        if self.has_expired() { May::Expired } else { self.may_look(kind, vendor) }
+        if self.has_expired() { May::Expired } else { self.may_look(kind, vendor, Duration::ZERO) }
     }
 
-    /// The same for a read that tells what came of an earlier call, whatever time it is.
-    pub fn may_look(&self, kind: CommandKind, vendor: &State) -> May {
+    /// The same for a read that tells what came of an earlier call, whatever time it is, until the
+    /// horizon and `more`.
+    pub fn may_look(&self, kind: CommandKind, vendor: &State, more: Duration) -> May {
         let in_hand = self.left_in_hand();
         let asked = self.earlier.asked_to_wait();
-        let left = self.remaining(Duration::ZERO);
+        let left = self.remaining(more);
         // Nobody asks for more than the horizon but a producer who makes it up.
         if !asked.is_zero() && asked <= left {
             let fits = asked <= in_hand;
@@ -135,12 +136,13 @@ impl Turn {
         }
     }
 
-    /// Out of hand for half as long again as it has waited by now: that is exponential too. Not past
-    /// the horizon, but for what the vendor asks.
+    /// Out of hand for a quarter of the time it has waited by now: that is exponential too, and what
+    /// waited for a short outage is back soon after it. Not past the horizon, but for what the vendor
+    /// asks.
     pub fn deferral(&self, asked: Duration) -> Deferral {
         let left = self.remaining(Duration::ZERO);
         let left = if left.is_zero() { Duration::MAX } else { left };
-        let wait = (self.schedule.age() / 2).min(left).max(SHORTEST_DELAY).max(asked);
+        let wait = (self.schedule.age() / 4).min(left).max(SHORTEST_DELAY).max(asked);
         Deferral { wait, asked }
     }
 }
@@ -225,9 +227,9 @@ mod tests {
     #[test]
     fn the_longer_it_has_waited_the_longer_it_leaves_but_not_past_the_horizon() {
         let wait = |ago| turn(seen(ago)).deferral(Duration::ZERO).wait.as_secs();
-        assert_eq!([wait(0), wait(2), wait(40), wait(400)], [2, 2, 20, 200]);
+        assert_eq!([wait(0), wait(2), wait(40), wait(400)], [2, 2, 10, 100]);
         assert!(wait(890) <= 10, "{}", wait(890));
-        assert_eq!(wait(2_000), 1_000);
+        assert_eq!(wait(2_000), 500);
         let next = turn(seen(899)).next(None);
         assert!(matches!(next, Next::Wait(_)), "the last attempt is at the horizon: {next:?}");
         assert!(matches!(turn(seen(60)).next(None), Next::Defer(_)));

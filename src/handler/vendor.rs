@@ -15,7 +15,7 @@ use super::turn::{Deferral, May, Turn};
 
 /// How often to ask a vendor that cannot be used whether it can, unless it has said when.
 const PROBING: Policy =
-    Policy { initial: Duration::from_millis(500), max: Duration::from_secs(5), horizon: None };
+    Policy { initial: Duration::from_millis(500), max: Duration::from_secs(2), horizon: None };
 
 /// What has worked so long was no flicker: the next outage is probed quickly again.
 const STABLE_AFTER: Duration = Duration::from_secs(30);

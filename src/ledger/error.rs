@@ -1,5 +1,7 @@
 //! Why there is no ledger, and why it cannot be used right now.
 
+use std::error::Error as _;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -59,7 +61,13 @@ impl OpenError {
         match self {
             Self::Pool { .. } => true,
             Self::Server { source } => match source.code() {
-                None => true,
+                None => {
+                    let by_network = source
+                        .source()
+                        .and_then(|cause| cause.downcast_ref::<io::Error>())
+                        .is_some();
+                    by_network || source.is_closed()
+                }
                 // One that refuses a password or a statement needs a person.
                 Some(code) => [
                     SqlState::CANNOT_CONNECT_NOW,

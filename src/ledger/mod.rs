@@ -41,6 +41,9 @@ const WAITING: usize = 1024;
 /// different queues, and either may come first.
 pub const STRIKE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// A claim that nothing has been sent under is as good as a renewal for so long.
+const STILL_FRESH: Duration = Duration::from_secs(1);
+
 /// Where the rows are.
 #[derive(Clone, Debug)]
 pub enum Location {
@@ -298,8 +301,10 @@ impl Lease {
     /// Has to say [`Go::Ahead`] immediately before each request that could create a batch;
     /// `attempts` counts it in.
     pub async fn before_request(&mut self, attempts: u32) -> Result<Go, Unavailable> {
-        // The claim was written a moment ago and covers the first request.
-        if !std::mem::take(&mut self.unused) || !self.covers_a_request() {
+        // A claim that was written a moment ago covers the first request; one that has waited does not:
+        // a cancel may have come.
+        let is_fresh = std::mem::take(&mut self.unused) && self.since.elapsed() < STILL_FRESH;
+        if !is_fresh || !self.covers_a_request() {
             if self.renew(attempts).await?.is_none() {
                 return Ok(Go::Gone);
             }

@@ -153,7 +153,10 @@ where
     let mut pace = REPUBLISH.start();
     loop {
         match publish().await {
-            Err(error @ PublishError::Refused) => refused(link, &mut pace, error).await?,
+            Err(error @ PublishError::Refused) => {
+                warn!(%error, "trying again");
+                refused(link, &mut pace, error).await?;
+            }
             other => return other,
         }
     }

@@ -129,6 +129,20 @@ async fn a_delay_exchange_without_its_queue_loses_nothing() {
 }
 
 #[tokio::test]
+async fn a_command_with_headers_of_almost_a_frame_is_deferred_too() {
+    let mut world = World::start().await;
+    world.sandbox.order(limited());
+    let mut headers = FieldTable::default();
+    headers.insert("large".into(), AMQPValue::LongString("x".repeat(100 * 1024).into()));
+    let properties = with_id("m").with_headers(headers);
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
+    let result = world.next_result().await;
+    assert_eq!(result.code(), "200", "{}", result.body);
+    assert_eq!(result.header("attempts").as_deref(), Some("2"));
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn headers_of_a_deferral_that_a_producer_makes_up_do_no_harm() {
     let mut world = World::start().await;
     for value in [i64::MIN, -1, 0, i64::MAX] {

@@ -60,6 +60,8 @@ impl Trial {
         // What was published before may be done by now.
         self.load.publish(&self.world, 30).await;
         self.worker.until_logged(cause).await;
+        let (status, body) = self.worker.ready().await;
+        assert!(status == 503 && body.contains("\"ledger: "), "{status}: {body}");
         // What was claimed before may still be on its way.
         let (mut sent, mut since) = (self.world.sandbox.requests().len(), Instant::now());
         let began = Instant::now();

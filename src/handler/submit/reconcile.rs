@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 use tracing::info;
 
+use crate::domain::command::CommandKind;
 use crate::elevenlabs::{Answer, Class};
 use crate::ledger::Lease;
 use crate::retry::Policy;
 use crate::telemetry::chain;
 
+use super::super::VendorState;
 use super::super::turn::{Deferral, SHORTEST_DELAY, Turn};
-use super::super::vendor::Clearance;
+use super::super::vendor::{Clearance, Key};
 use super::{Execution, Waited, wait_for_ledger};
 
 /// How many looks at least prove that a batch is not there.
@@ -44,7 +46,10 @@ impl Execution<'_> {
         let mut looks = 0;
         loop {
             // That it is too late to send it says nothing about what was sent.
-            match self.clearance(Turn::may_look).await {
+            let late = |turn: &Turn, kind: CommandKind, vendor: &VendorState| {
+                turn.may_look(kind, vendor, window * 2)
+            };
+            match self.clearance(late).await {
                 Clearance::Call | Clearance::Expired => {}
                 Clearance::Defer(deferral) => return Reconciled::Deferred(deferral),
                 Clearance::NoMore(asked) => return Reconciled::Unknown(asked),
@@ -72,6 +77,13 @@ impl Execution<'_> {
                 () = keep(&mut self.lease, self.attempts) => return Reconciled::TakenOver,
                 () = self.stopping.now.cancelled() => return Reconciled::Stopped,
             };
+            // Whether it is the key as such, or this search: then the horizon counts.
+            if let Ok(Err(error)) = &looked
+                && error.class() == Class::Unauthorized
+                && matches!(self.handler.key().await, Key::Refused)
+            {
+                continue;
+            }
             let pause = match looked {
                 Ok(Ok(Some(answer))) => {
                     info!(command_id, batch_id = answer.batch_id, "found");
@@ -86,11 +98,6 @@ impl Execution<'_> {
                     }
                     let left = window.saturating_sub(first.elapsed());
                     (window / 3).min(left).max(SHORTEST_PAUSE)
-                }
-                Ok(Err(error)) if error.class() == Class::Unauthorized => {
-                    // Nothing can be read with this key, so it is the key.
-                    self.handler.breaker().open(&error);
-                    continue;
                 }
                 failed => {
                     let (said, cause, asked) = match &failed {

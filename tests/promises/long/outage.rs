@@ -30,7 +30,8 @@ async fn a_vendor_that_is_away_for_20_s_fails_none_of_a_thousand_commands() {
     load.until_all_answered().await;
     let drained = back.elapsed();
     eprintln!("1,000 commands drained {:.1} s after the vendor's return", drained.as_secs_f64());
-    assert!(drained < Duration::from_secs(30), "{drained:?}");
+    // Seconds, on a machine that is not busy with anything else.
+    assert!(drained < Duration::from_secs(40), "{drained:?}");
     until_memory_is_back(&worker, before).await;
     worker.stop().await;
     load.verify(&mut world).await;
