@@ -6,6 +6,9 @@
 
 set -euo pipefail
 
+# Root's programs (chroot, debootstrap) are not on every PATH.
+PATH=$PATH:/usr/sbin:/sbin
+
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT
 readonly STATE=$ROOT/target/script
