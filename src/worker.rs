@@ -3,6 +3,7 @@
 
 mod intake;
 mod settle;
+mod suspects;
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -28,6 +29,7 @@ use crate::telemetry::chain;
 
 use intake::Intake;
 use settle::settle;
+use suspects::Suspects;
 
 /// How fast to connect again; there is no limit on attempts.
 const RECONNECT: Policy =
@@ -60,8 +62,7 @@ struct Shared {
     /// Prefetch bounds what one generation receives; these bound what all of them execute. One
     /// per queue, so that a cancel never waits behind submits.
     permits: [Arc<Semaphore>; CommandKind::ALL.len()],
-    /// Shared by the commands that came back often: the oftener, the fewer at a time.
-    suspects: Arc<Semaphore>,
+    suspects: Suspects,
     prefetch: usize,
     /// Cancelled when the grace period is over.
     now: CancellationToken,
@@ -93,7 +94,7 @@ impl Worker {
                 readiness,
                 in_hand: TaskTracker::new(),
                 permits: CommandKind::ALL.map(|_| Arc::new(Semaphore::new(permits))),
-                suspects: settle::suspects(),
+                suspects: Suspects::default(),
                 prefetch: permits,
                 now: CancellationToken::new(),
             }),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tracing::{error, info, warn};
 
 use crate::broker::{Delay, Delivery, PublishError};
@@ -15,30 +15,16 @@ use crate::handler::Handled;
 use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
 
+use super::suspects::Verdict;
 use super::{Link, Shared, wait};
 
 /// How fast to publish again what a full queue refused.
 const REPUBLISH: Policy =
     Policy { initial: Duration::from_millis(100), max: Duration::from_secs(5), horizon: None };
 
-/// A command that came back so often may be what ends its workers.
-const SUSPECT: u32 = 3;
-
-/// How many of the least suspicious ones may be in hand at a time.
-const SUSPECTS: u32 = 16;
-
-/// How long one waits before it is executed: what was delivered along with it is out of this worker's
+/// How long a suspect waits before it is executed: what was delivered along with it is out of this worker's
 /// hands by then, or done.
 const SUSPECT_WAITS: Duration = Duration::from_secs(1);
-
-/// One that came back so often is not executed any more. Lost connections count as well, so this is
-/// far above what those make of one command; the broker's own limit is above it.
-const POISON: u32 = 20;
-
-/// The permits that suspects share.
-pub fn suspects() -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(SUSPECTS as usize))
-}
 
 /// One command from delivery to ack. The order is the promise: the result is confirmed before the
 /// command is acknowledged, so a crash in between repeats a result and loses none.
@@ -54,7 +40,13 @@ pub async fn settle(
         Handled::Answered(event) => (event, None),
         Handled::Condemned { event, reason } => (event, Some(reason)),
         Handled::Deferred { wait, earlier } => {
-            return defer(&delivery, &link, wait, &earlier).await;
+            return defer(&shared, &delivery, &link, wait, &earlier).await;
+        }
+        // What is given back in order is not what ends its workers, and the broker would count it.
+        Handled::GivenBack if message.redeliveries > 0 && !link.lost.is_cancelled() => {
+            let deliveries = message.redeliveries.saturating_add(message.earlier.deliveries);
+            let earlier = message.earlier.set_aside(deliveries);
+            return defer(&shared, &delivery, &link, Duration::ZERO, &earlier).await;
         }
         Handled::GivenBack => return delivery.give_back().await,
     };
@@ -83,6 +75,7 @@ pub async fn settle(
         link.lost.cancel();
         return;
     }
+    shared.suspects.settled(message);
     info!(
         command = event.kind.name(),
         command_id = event.command_id,
@@ -97,20 +90,15 @@ pub async fn settle(
 
 /// Executes it, unless it came back too often.
 async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) -> Handled {
-    let deliveries = message.redeliveries.saturating_add(message.earlier.deliveries);
-    if deliveries >= POISON {
-        return shared.handler.condemn(message, deliveries).await;
-    }
-    let suspect = deliveries.checked_sub(SUSPECT).map(|more| {
-        // 1, 2, 4, 8, and then all of them: among so many, the one that ends workers is found by
-        // halves.
-        let weight = 1_u32.checked_shl(more).unwrap_or(SUSPECTS).min(SUSPECTS);
-        Arc::clone(&shared.suspects).try_acquire_many_owned(weight)
-    });
-    // Out of this worker's hands, so that it is not there when the worker ends.
-    let Ok(among_few) = suspect.transpose() else {
+    let set_aside = |deliveries| {
         let earlier = message.earlier.set_aside(deliveries);
-        return Handled::Deferred { wait: Duration::ZERO, earlier };
+        Handled::Deferred { wait: Duration::ZERO, earlier }
+    };
+    let among_few = match shared.suspects.judge(message) {
+        Verdict::Innocent => None,
+        Verdict::Suspect(permit) => Some(permit),
+        Verdict::SetAside(deliveries) => return set_aside(deliveries),
+        Verdict::Poison(deliveries) => return shared.handler.condemn(message, deliveries).await,
     };
     if among_few.is_some() {
         tokio::select! {
@@ -119,11 +107,18 @@ async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) ->
         }
     }
     crash::on(message.producer_id());
+    shared.suspects.begun(message);
     shared.handler.handle(Arc::clone(message), &link.stopping).await
 }
 
 /// To a delay queue, and only then acknowledged.
-async fn defer(delivery: &Delivery, link: &Link, wait: Duration, earlier: &Earlier) {
+async fn defer(
+    shared: &Shared,
+    delivery: &Delivery,
+    link: &Link,
+    wait: Duration,
+    earlier: &Earlier,
+) {
     let delay = Delay::of(wait);
     if let Err(error) = copied(link, || link.publisher.defer(delivery, delay, earlier)).await {
         return lose(delivery, link, &error);
@@ -135,6 +130,7 @@ async fn defer(delivery: &Delivery, link: &Link, wait: Duration, earlier: &Earli
         link.lost.cancel();
         return;
     }
+    shared.suspects.settled(message);
     info!(
         command = message.kind().name(),
         message_id = message.producer_id(),
