@@ -164,8 +164,9 @@ listeners.tcp.local = 127.0.0.1:$2
 max_message_size = 50000000
 # A machine with a small disk must not block the publishers of a run that needs a few megabytes.
 disk_free_limit.absolute = 50MB
-# The log of the quorum queues is kept in memory as well until it is this long; the default is 512 MB.
-raft.wal_max_size_bytes = 64000000
+# The log of the quorum queues begins anew when it is this long (the default, named because it matters). RabbitMQ 3.10 can
+# lose all of its quorum queues where one is deleted just then, and the tests delete hundreds: so, never within a run.
+raft.wal_max_size_bytes = 512000000
 log.console.level = info
 CONF
 }
