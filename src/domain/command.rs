@@ -114,6 +114,11 @@ impl CommandMessage {
         self.message_id.as_deref().or(self.correlation_id.as_deref())
     }
 
+    /// How often it came back to its queue without having been settled, before it was set aside too.
+    pub fn came_back(&self) -> u32 {
+        self.redeliveries.saturating_add(self.earlier.deliveries)
+    }
+
     /// The command that the routing key names; the queue's own where it names none.
     pub fn kind(&self) -> CommandKind {
         self.routing_key.as_deref().and_then(CommandKind::of_routing_key).unwrap_or(self.queue)

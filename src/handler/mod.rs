@@ -182,9 +182,7 @@ impl Handler {
         let mut tried = Tried {
             attempts: turn.earlier().attempts,
             // Whoever had it before, and left no word, may have sent it.
-            in_doubt: turn.earlier().in_doubt
-                || message.redeliveries > 0
-                || turn.earlier().deliveries > 0,
+            in_doubt: turn.earlier().in_doubt || message.came_back() > 0,
         };
         let outcome = match self.batch_of(kind, target, &turn, tried, stopping).await {
             Looked::Batch(id) => {

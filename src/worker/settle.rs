@@ -44,8 +44,7 @@ pub async fn settle(
         }
         // What is given back in order is not what ends its workers, and the broker would count it.
         Handled::GivenBack if message.redeliveries > 0 && !link.lost.is_cancelled() => {
-            let deliveries = message.redeliveries.saturating_add(message.earlier.deliveries);
-            let earlier = message.earlier.set_aside(deliveries);
+            let earlier = message.earlier.set_aside(message.came_back());
             return defer(&shared, &delivery, &link, Duration::ZERO, &earlier).await;
         }
         Handled::GivenBack => return delivery.give_back().await,

@@ -56,7 +56,7 @@ impl Suspects {
     /// Judges by how often the command came back. The times that this process has outlived do not
     /// count: it was the connection that ended then.
     pub fn judge(&self, message: &CommandMessage) -> Verdict {
-        let came_back = message.redeliveries.saturating_add(message.earlier.deliveries);
+        let came_back = message.came_back();
         let outlived = message.producer_id().map_or(0, |id| self.outlived().of(id));
         let deliveries = came_back.saturating_sub(outlived);
         if deliveries >= POISON {
