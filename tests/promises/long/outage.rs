@@ -15,8 +15,8 @@ async fn a_vendor_that_is_away_for_20_s_fails_none_of_a_thousand_commands() {
     let mut world = World::without_worker().await;
     let mut load = Load::of(&world, "vendor 503 for 20 s").await;
     let worker = Process::consuming(&world, &world.ledger_url(), &[]).await;
-    // What a worker allocates once is there by then.
-    load.publish(&world, 200).await;
+    // The same load: what a worker allocates once for it is there by then.
+    load.publish(&world, 1_000).await;
     load.until_all_answered().await;
     let before = worker.resident_bytes();
 
