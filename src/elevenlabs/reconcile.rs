@@ -1,12 +1,15 @@
 //! Finds the batch of a submit whose answer was lost, by the marker that its recipients carry.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures_util::FutureExt as _;
+use futures_util::stream::{self, StreamExt as _};
 use reqwest::header::{DATE, HeaderMap};
-use tokio::sync::Semaphore;
+use serde_json::value::RawValue;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 
 use crate::domain::command::BatchId;
@@ -28,8 +31,11 @@ const MAX_PAGES: usize = 1_000;
 /// How many batches are remembered: some 3 MB.
 const REMEMBERED: usize = 20_000;
 
+/// How many times the list is read at the same time: one that has to go far back holds up no other.
+const READINGS_AT_ONCE: usize = 2;
+
 /// How many candidates are read at the same time.
-const AT_ONCE: usize = 8;
+const CANDIDATES_AT_ONCE: usize = 8;
 
 /// Larger batches are read off the reactor.
 const INLINE_BYTES: usize = 256 * 1024;
@@ -45,12 +51,52 @@ pub struct Lost {
     pub name: String,
 }
 
-/// Looks for lost batches, and remembers of the others whose they are: a campaign may have hundreds
-/// of batches with one name, and each is asked for once.
+/// What a look has come to. `Ok(None)` only where every batch that it could be was seen, and is not
+/// it.
+pub type Looked = Result<Option<Answer>, Arc<Error>>;
+
+/// Looks for lost batches: many with one reading of the list, because an outage loses many answers
+/// at once. Remembers of the other batches whose they are: a campaign may have hundreds with one
+/// name, and each is asked for once.
 pub struct Finder {
     vendor: Client,
-    turns: Semaphore,
+    readings: Semaphore,
+    candidates: Semaphore,
+    waiting: Mutex<Vec<Look>>,
     known: Mutex<Known>,
+}
+
+/// A look: it waits for a reading of the list that begins after it.
+struct Look {
+    lost: Lost,
+    age: Box<dyn Fn() -> Duration + Send + Sync>,
+    /// The second, by the vendor's clock, from which on the batch can have been created.
+    since: i64,
+    /// Why a batch that it could be cannot be ruled out.
+    inconclusive: Option<Arc<Error>>,
+    tell: oneshot::Sender<Looked>,
+}
+
+impl Look {
+    fn is_for(&self, listed: &Listed) -> bool {
+        self.since <= listed.created_at_unix && self.lost.name.trim() == listed.name.trim()
+    }
+
+    /// The list says of a batch what a submit answers.
+    fn adopt(self, raw: &RawValue) {
+        let answer = Answer::read(raw.to_owned());
+        self.tell(answer.map(Some).map_err(|reason| Arc::new(Error::unreadable(&reason))));
+    }
+
+    fn not_found(mut self) {
+        let inconclusive = self.inconclusive.take();
+        self.tell(inconclusive.map_or(Ok(None), Err));
+    }
+
+    fn tell(self, looked: Looked) {
+        // Whoever has stopped looking need not know.
+        drop(self.tell.send(looked));
+    }
 }
 
 /// The newest batches whose marker is known. It never changes.
@@ -64,7 +110,13 @@ struct Known {
 impl Finder {
     /// A finder that knows nothing yet.
     pub fn new(vendor: Client) -> Self {
-        Self { vendor, turns: Semaphore::new(AT_ONCE), known: Mutex::default() }
+        Self {
+            vendor,
+            readings: Semaphore::new(READINGS_AT_ONCE),
+            candidates: Semaphore::new(CANDIDATES_AT_ONCE),
+            waiting: Mutex::default(),
+            known: Mutex::default(),
+        }
     }
 
     /// Whose a batch is, by its submit's answer or by its marker.
@@ -82,48 +134,87 @@ impl Finder {
     }
 
     /// Looks once through the list, back to before the first attempt, which was `age` ago; that is
-    /// asked when the vendor has said what time it is there.
-    /// `Ok(None)` only where every batch that it could be was seen, and is not it. After an error,
-    /// the next look need not ask again for what this one has learned.
+    /// asked when the vendor has said what time it is there. After an error, the next look need not
+    /// ask again for what this one has learned.
     pub async fn look(
         &self,
         lost: &Lost,
-        age: impl Fn() -> Duration,
-    ) -> Result<Option<Answer>, Error> {
+        age: impl Fn() -> Duration + Clone + Send + Sync + 'static,
+    ) -> Looked {
+        loop {
+            let (tell, mut told) = oneshot::channel();
+            self.wait(Look {
+                lost: lost.clone(),
+                age: Box::new(age.clone()),
+                since: i64::MIN,
+                inconclusive: None,
+                tell,
+            });
+            let turn = tokio::select! {
+                biased;
+                looked = &mut told => match looked {
+                    Ok(looked) => return looked,
+                    Err(_) => continue,
+                },
+                turn = self.readings.acquire() => turn,
+            };
+            self.read_for(self.take(&lost.agent_id), &lost.agent_id).await;
+            drop(turn);
+            // It may be in another reading's hands. One that is given up tells nobody anything.
+            if let Ok(looked) = told.await {
+                return looked;
+            }
+        }
+    }
+
+    fn wait(&self, look: Look) {
+        let mut waiting = self.waiting();
+        waiting.retain(|look| !look.tell.is_closed());
+        waiting.push(look);
+    }
+
+    /// Every look that waits for a reading of this agent's batches.
+    fn take(&self, agent_id: &str) -> Vec<Look> {
+        self.waiting().extract_if(.., |look| look.lost.agent_id == agent_id).collect()
+    }
+
+    /// Reads the list once, and tells every look what that has come to.
+    async fn read_for(&self, mut looks: Vec<Look>, agent_id: &str) {
+        let error = self.read(&mut looks, agent_id).await.err().map(Arc::new);
+        for mut look in looks {
+            look.inconclusive = error.clone().or(look.inconclusive);
+            look.not_found();
+        }
+    }
+
+    /// Reads the list page by page. The looks that are over leave; those that remain at its end
+    /// have not found theirs.
+    async fn read(&self, looks: &mut Vec<Look>, agent_id: &str) -> Result<(), Error> {
         let mut cursor: Option<String> = None;
-        let mut since = None;
-        let mut inconclusive = None;
         for _ in 0..MAX_PAGES {
-            let (text, headers) = self.vendor.list(&lost.agent_id, cursor.as_deref()).await?;
-            let since = *since.get_or_insert_with(|| first_second(&headers, age()));
-            let page: Page<'_> = serde_json::from_str(&text)
-                .map_err(|_| Error::unreadable("it is not a list of batches"))?;
-            // One page that is too old as a whole ends the search: not every list is in perfect order.
-            let mut too_old = !page.batch_calls.is_empty();
-            for raw in &page.batch_calls {
-                let listed: Listed = serde_json::from_str(raw.get()).map_err(|_| {
-                    Error::unreadable("a batch in the list has no id, name or time")
-                })?;
-                if listed.created_at_unix < since {
-                    continue;
-                }
-                too_old = false;
-                if listed.name.trim() != lost.name.trim() {
-                    continue;
-                }
-                match self.is_it(lost, &listed).await {
-                    Ok(true) => {
-                        // The list says of a batch what a submit answers.
-                        let adopted = Answer::read((*raw).to_owned());
-                        return adopted.map(Some).map_err(|reason| Error::unreadable(&reason));
-                    }
-                    Ok(false) => {}
-                    Err(error) => inconclusive = Some(error),
+            if looks.is_empty() {
+                return Ok(());
+            }
+            let (text, headers) = self.vendor.list(agent_id, cursor.as_deref()).await?;
+            if cursor.is_none() {
+                for look in looks.iter_mut() {
+                    look.since = first_second(&headers, (look.age)());
                 }
             }
-            let more = page.has_more || page.next_doc.is_some();
-            if too_old || !more {
-                return inconclusive.map_or(Ok(None), Err);
+            let page: Page<'_> = serde_json::from_str(&text)
+                .map_err(|_| Error::unreadable("it is not a list of batches"))?;
+            let batches =
+                page.batch_calls.iter().map(|raw| Ok((serde_json::from_str(raw.get())?, *raw)));
+            let batches: Vec<(Listed, &RawValue)> = batches
+                .collect::<Result<_, serde_json::Error>>()
+                .map_err(|_| Error::unreadable("a batch in the list has no id, name or time"))?;
+            self.search(looks, &batches).await;
+            // One page that is too old as a whole ends a look: not every list is in perfect order.
+            let newest = batches.iter().map(|(listed, _)| listed.created_at_unix).max();
+            let past = |look: &mut Look| newest.is_some_and(|newest| newest < look.since);
+            looks.extract_if(.., past).for_each(Look::not_found);
+            if !page.has_more && page.next_doc.is_none() {
+                return Ok(());
             }
             let next = page.next_doc.ok_or_else(|| Error::unreadable("it has no next_doc"))?;
             if cursor.as_ref() == Some(&next) {
@@ -134,12 +225,52 @@ impl Finder {
         Err(Error::unreadable("the list of batches goes on and on"))
     }
 
-    /// The proof is the marker alone: how many calls ElevenLabs counts is its own business.
-    async fn is_it(&self, lost: &Lost, listed: &Listed) -> Result<bool, Error> {
+    /// Looks at those batches of a page that a look could be for.
+    async fn search<'a>(&self, looks: &mut Vec<Look>, page: &'a [(Listed, &'a RawValue)]) {
+        let lost: HashSet<u64> = looks.iter().map(|look| hash(&look.lost.command_id)).collect();
+        let wanted = |(listed, _): &&(Listed, &RawValue)| {
+            looks.iter().any(|look| look.is_for(listed)) && !self.is_others(&listed.id, &lost)
+        };
+        let candidates: Vec<_> = page.iter().filter(wanted).collect();
+        let ask = |(listed, raw): &'a (Listed, &'a RawValue)| {
+            let markers = self.markers(listed, &lost);
+            async move { (listed, *raw, markers.await) }.boxed()
+        };
+        // Collected, because the compiler cannot see of a lazy one that it may change threads.
+        let asked: Vec<_> = candidates.into_iter().map(ask).collect();
+        let mut asked = stream::iter(asked).buffered(CANDIDATES_AT_ONCE);
+        while !looks.is_empty()
+            && let Some((listed, raw, markers)) = asked.next().await
+        {
+            match markers {
+                Ok(command_ids) => {
+                    let its = |look: &mut Look| {
+                        look.is_for(listed) && command_ids.contains(&look.lost.command_id)
+                    };
+                    looks.extract_if(.., its).for_each(|look| look.adopt(raw));
+                }
+                Err(error) => {
+                    let error = Arc::new(error);
+                    for look in looks.iter_mut().filter(|look| look.is_for(listed)) {
+                        look.inconclusive = Some(Arc::clone(&error));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whose the batch is; nobody's where it is known to be none of the lost. The proof is the
+    /// marker alone: how many calls ElevenLabs counts is its own business.
+    async fn markers(
+        &self,
+        listed: &Listed,
+        lost: &HashSet<u64>,
+    ) -> Result<BTreeSet<String>, Error> {
         // A batch with 10,000 recipients has megabytes, and a campaign many of them.
-        let _turn = self.turns.acquire().await;
-        if self.is_anothers(&listed.id, &lost.command_id) {
-            return Ok(false);
+        let _turn = self.candidates.acquire().await;
+        // Another reading may have learned it meanwhile.
+        if self.is_others(&listed.id, lost) {
+            return Ok(BTreeSet::new());
         }
         // One that could not be asked for is no other's on that ground.
         let id = BatchId::try_from(listed.id.clone())
@@ -159,12 +290,17 @@ impl Finder {
         if let (1, Some(command_id)) = (command_ids.len(), command_ids.first()) {
             self.note(&listed.id, command_id);
         }
-        Ok(command_ids.contains(lost.command_id.as_str()))
+        Ok(command_ids)
     }
 
-    fn is_anothers(&self, batch_id: &str, command_id: &str) -> bool {
-        let known = self.known().by_batch.get(batch_id).copied();
-        known.is_some_and(|marker| marker != hash(command_id))
+    /// Whether a batch is known to be none of these commands'.
+    fn is_others(&self, batch_id: &str, lost: &HashSet<u64>) -> bool {
+        self.known().by_batch.get(batch_id).is_some_and(|marker| !lost.contains(marker))
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<Look>> {
+        // A look is in it as a whole or not at all.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -211,14 +347,15 @@ mod tests {
     #[test]
     fn a_batch_is_anothers_only_where_its_marker_is_known_to_be() {
         let finder = finder();
-        assert!(!finder.is_anothers("b", "c-1"), "nothing is known of it");
+        let is_others = |id, of| finder.is_others(id, &HashSet::from([hash(of)]));
+        assert!(!is_others("b", "c-1"), "nothing is known of it");
         finder.note("b", "c-2");
-        assert!(finder.is_anothers("b", "c-1"));
-        assert!(!finder.is_anothers("b", "c-2"));
+        assert!(is_others("b", "c-1"));
+        assert!(!is_others("b", "c-2"));
         for n in 0..REMEMBERED {
             finder.note(&n.to_string(), "c");
         }
-        assert!(!finder.is_anothers("b", "c-1"), "the oldest are forgotten");
+        assert!(!is_others("b", "c-1"), "the oldest are forgotten");
         assert_eq!(finder.known().by_batch.len(), REMEMBERED);
     }
 

@@ -149,12 +149,13 @@ struct Marker {
 
 impl Marked {
     /// The commands whose marker a recipient carries: one for a batch of this worker's making.
-    pub fn command_ids(&self) -> BTreeSet<&str> {
+    pub fn command_ids(&self) -> BTreeSet<String> {
         let recipients = self.recipients.iter();
         recipients
             .filter_map(|recipient| recipient.conversation_initiation_client_data.as_ref())
             .filter_map(|data| data.dynamic_variables.as_ref()?.call_manager_command_id.as_ref())
             .filter_map(serde_json::Value::as_str)
+            .map(str::to_owned)
             .collect()
     }
 }

@@ -19,6 +19,7 @@ mod crash;
 mod deferral;
 mod documents;
 mod examples;
+mod finder;
 mod ledger;
 mod ledger_faults;
 mod ledger_open;

@@ -70,7 +70,7 @@ impl Execution<'_> {
                     }
                 }
             };
-            let looking = self.handler.finder.look(&self.job.lost, || age.now());
+            let looking = self.handler.finder.look(&self.job.lost, move || age.now());
             let looked = tokio::select! {
                 biased;
                 looked = timeout(self.lease.length(), looking) => looked,
@@ -101,7 +101,7 @@ impl Execution<'_> {
                 }
                 failed => {
                     let (said, cause, asked) = match &failed {
-                        Ok(Err(error)) => (error.to_string(), chain(error), error.retry_after()),
+                        Ok(Err(error)) => (error.to_string(), chain(&**error), error.retry_after()),
                         _ => ("it took too long".to_owned(), "too slow".to_owned(), None),
                     };
                     // A list that cannot be read late in the horizon gets a while more.
