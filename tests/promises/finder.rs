@@ -99,5 +99,7 @@ async fn looks_whose_reading_is_given_up_are_taken_over_by_the_next() {
     let found = timeout(LIMIT, waits).await.unwrap().unwrap().unwrap();
     assert_eq!(found.map(|answer| answer.batch_id), Some(batch_id));
     assert_eq!(vendor.requests(Route::List), 4);
-    alone.into_iter().for_each(|look| look.abort());
+    for look in alone {
+        look.abort();
+    }
 }
