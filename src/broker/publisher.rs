@@ -8,13 +8,13 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind};
 use tokio::sync::Semaphore;
-use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tracing::warn;
 
 use crate::crash;
 use crate::domain::Earlier;
 use crate::domain::result::ResultEvent;
+use crate::telemetry::chain;
 
 use super::connection::confirming_channel;
 use super::consumer::Delivery;
@@ -56,10 +56,10 @@ pub enum PublishError {
         exchange: String,
     },
     /// No confirm came.
-    #[error("the broker did not confirm the result within {} s", CONFIRM_LIMIT.as_secs())]
+    #[error("the broker did not confirm the message within {} s", CONFIRM_LIMIT.as_secs())]
     Silent,
     /// The channel or connection is gone.
-    #[error("the result could not be published")]
+    #[error("the message could not be published")]
     Connection(#[from] lapin::Error),
 }
 
@@ -97,17 +97,15 @@ impl Publisher {
     /// Publishes a result and waits until the broker has confirmed it.
     pub async fn publish(&self, event: &ResultEvent) -> Result<(), PublishError> {
         let body = event.body();
-        match self.patiently(self.confirmed(event, &body)).await {
-            Ok(Ok(Confirmation::Ack(_))) => Ok(()),
-            Ok(Ok(Confirmation::Nack(_) | Confirmation::NotRequested)) => {
-                Err(PublishError::Refused)
+        let published = self.patiently(self.confirmed(event, &body)).await;
+        published.map(drop).map_err(|error| match error {
+            PublishError::Connection(error)
+                if body.len() > SHARED_CHANNEL_BYTES && refuses_size(&error) =>
+            {
+                PublishError::TooLarge { bytes: body.len() }
             }
-            Ok(Err(error)) if body.len() > SHARED_CHANNEL_BYTES && refuses_size(&error) => {
-                Err(PublishError::TooLarge { bytes: body.len() })
-            }
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(PublishError::Silent),
-        }
+            error => error,
+        })
     }
 
     pub(super) fn is_connected(&self) -> bool {
@@ -116,7 +114,10 @@ impl Publisher {
 
     /// Waits up to the confirm limit, or [`ALARM_LIMIT`] while the broker says that it is blocked:
     /// to give up would deliver the command again and again, until it is dead-lettered.
-    async fn patiently<T>(&self, confirm: impl Future<Output = T>) -> Result<T, Elapsed> {
+    async fn patiently(
+        &self,
+        confirm: impl Future<Output = lapin::Result<Confirmation>>,
+    ) -> Result<Routed, PublishError> {
         let mut confirm = std::pin::pin!(confirm);
         let since = Instant::now();
         let mut was_blocked = false;
@@ -125,7 +126,13 @@ impl Publisher {
             let blocked = self.connection.status().blocked();
             // One more limit after the alarm: what waited for it has only just left.
             if ended.is_ok() || !(blocked || was_blocked) || since.elapsed() >= ALARM_LIMIT {
-                return ended;
+                return match ended.map_err(|_| PublishError::Silent)?? {
+                    Confirmation::Ack(None) => Ok(Routed::Somewhere),
+                    Confirmation::Ack(Some(_)) => Ok(Routed::Nowhere),
+                    Confirmation::Nack(_) | Confirmation::NotRequested => {
+                        Err(PublishError::Refused)
+                    }
+                };
             }
             was_blocked = blocked;
         }
@@ -157,11 +164,10 @@ impl Publisher {
         let body = event.body();
         let delivered = self.patiently(self.alone("", queue, &body, properties(event))).await;
         let reason = match delivered {
-            Ok(Ok(Confirmation::Ack(None))) => return,
-            Ok(Ok(Confirmation::Ack(Some(_)))) => "no queue has the name in reply_to".to_owned(),
-            Ok(Ok(_)) => "the reply_to queue is full and refuses it".to_owned(),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "the broker did not confirm it in time".to_owned(),
+            Ok(Routed::Somewhere) => return,
+            Ok(Routed::Nowhere) => "no queue has the name in reply_to".to_owned(),
+            Err(PublishError::Refused) => "the reply_to queue is full and refuses it".to_owned(),
+            Err(error) => chain(&error),
         };
         warn!(
             command_id = event.command_id,
@@ -197,15 +203,10 @@ impl Publisher {
         let message = &delivery.message;
         let key = message.kind().routing_key();
         let publish = self.alone(&exchange, &key, &message.body, properties);
-        match self.patiently(publish).await {
-            Ok(Ok(Confirmation::Ack(None))) => Ok(()),
-            // Mandatory: where operators own the topology, an exchange may be there without its queue.
-            Ok(Ok(Confirmation::Ack(Some(_)))) => Err(PublishError::Unroutable { exchange }),
-            Ok(Ok(Confirmation::Nack(_) | Confirmation::NotRequested)) => {
-                Err(PublishError::Refused)
-            }
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(PublishError::Silent),
+        match self.patiently(publish).await? {
+            Routed::Somewhere => Ok(()),
+            // Where operators own the topology, an exchange may be there without its queue.
+            Routed::Nowhere => Err(PublishError::Unroutable { exchange }),
         }
     }
 
@@ -217,11 +218,7 @@ impl Publisher {
         }
         let name = self.topology.pulse();
         let publish = self.alone("", &name, b"", BasicProperties::default());
-        match self.patiently(publish).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(PublishError::Silent),
-        }
+        self.patiently(publish).await.map(drop)
     }
 
     /// Publishes with no other confirm outstanding on the channel, so that a return is its own.
@@ -251,6 +248,12 @@ impl Publisher {
     fn note_confirm(&self) {
         *self.confirmed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
+}
+
+/// Where a message that the broker has taken went; told of mandatory ones alone.
+enum Routed {
+    Somewhere,
+    Nowhere,
 }
 
 fn refuses_size(error: &lapin::Error) -> bool {
