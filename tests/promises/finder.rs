@@ -5,45 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use call_manager::domain::command::{Command, CommandKind};
-use call_manager::elevenlabs::{Answer, Client, Finder, Lost, Settings, SubmitRequest};
-use elevenlabs_sandbox::{Effect, Fault, Options, Route, Sandbox};
+use call_manager::elevenlabs::{Answer, Finder, Lost, SubmitRequest};
+use elevenlabs_sandbox::{Effect, Fault, Route};
 use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::support::vendor::Vendor;
 use crate::support::{LIMIT, submit_body, until};
-
-struct Vendor {
-    sandbox: Sandbox,
-    client: Client,
-}
-
-impl Vendor {
-    async fn start() -> Self {
-        let sandbox = Sandbox::start(Options::default()).await.unwrap();
-        let settings = Settings {
-            api_key: "sandbox-key".into(),
-            base_url: sandbox.base_url().parse().unwrap(),
-            connect_timeout: LIMIT,
-            timeout: LIMIT,
-        };
-        Self { client: Client::new(&settings).unwrap(), sandbox }
-    }
-
-    async fn submit(&self, command_id: &str) -> Answer {
-        let body = submit_body().to_string();
-        let Ok(Command::Submit(submit)) = Command::parse(CommandKind::Submit, body.as_bytes())
-        else {
-            panic!("the body is a valid submit");
-        };
-        let request = SubmitRequest::encode(&submit, command_id).unwrap();
-        self.client.submit(&request).await.unwrap()
-    }
-
-    fn requests(&self, route: Route) -> usize {
-        self.sandbox.requests().iter().filter(|request| request.route == route).count()
-    }
-}
 
 fn lost(command_id: &str) -> Lost {
     let body = submit_body();
@@ -51,12 +20,21 @@ fn lost(command_id: &str) -> Lost {
     Lost { command_id: command_id.into(), agent_id: text("agent_id"), name: text("call_name") }
 }
 
+async fn submit(vendor: &Vendor, command_id: &str) -> Answer {
+    let body = submit_body().to_string();
+    let Ok(Command::Submit(submit)) = Command::parse(CommandKind::Submit, body.as_bytes()) else {
+        panic!("the body is a valid submit");
+    };
+    let request = SubmitRequest::encode(&submit, command_id).unwrap();
+    vendor.client.submit(&request).await.unwrap()
+}
+
 #[tokio::test]
 async fn sixty_looks_at_once_share_three_readings_of_the_list_and_find_each_its_own() {
     let vendor = Vendor::start().await;
     let mut batches = Vec::new();
     for n in 0..250 {
-        batches.push(vendor.submit(&format!("m-{n}")).await.batch_id);
+        batches.push(submit(&vendor, &format!("m-{n}")).await.batch_id);
     }
     let finder = Finder::new(vendor.client.clone());
     // Some of the oldest and some of the newest, and some that are not there.
@@ -77,7 +55,7 @@ async fn sixty_looks_at_once_share_three_readings_of_the_list_and_find_each_its_
 #[tokio::test]
 async fn looks_whose_reading_is_given_up_are_taken_over_by_the_next() {
     let vendor = Vendor::start().await;
-    let batch_id = vendor.submit("m").await.batch_id;
+    let batch_id = submit(&vendor, "m").await.batch_id;
     let hangs = Effect::Hang { processed: false };
     vendor.sandbox.order(Fault::on(Route::List, hangs).until_cleared());
     let finder = Arc::new(Finder::new(vendor.client.clone()));

@@ -20,6 +20,7 @@ mod deferral;
 mod documents;
 mod examples;
 mod finder;
+mod handler;
 mod ledger;
 mod ledger_faults;
 mod ledger_open;

@@ -18,7 +18,7 @@ const BOTH: [Towards; 2] = [Towards::Client, Towards::Server];
 
 /// A world whose worker has few commands in hand at a time and reaches the broker through a proxy,
 /// with the beginning of a load. `query` adds to the broker's URL.
-async fn behind_proxy(query: &str, name: String) -> (World, Proxy, Load) {
+pub async fn behind_proxy(query: &str, name: String) -> (World, Proxy, Load) {
     let mut world = World::without_worker().await;
     let (proxy, url) = Proxy::to_broker().await;
     let load = Load::of(&world, name).await;
@@ -139,7 +139,7 @@ async fn closed_channels(opened_with: Method, mistake: Mistake) {
         load.until_answered(load.answered() + 10).await;
         let served = proxy.accepted();
         let (number, channels) = of_newest();
-        proxy.make(mistake, number, channels[nth]);
+        proxy.make(&mistake, number, channels[nth]);
         let closed = async || proxy.channels(number, CHANNEL_CLOSE) == [channels[nth]];
         until("the broker closes the channel", closed).await;
         until("both connections are made again", async || proxy.accepted() >= served + 2).await;

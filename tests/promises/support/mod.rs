@@ -6,6 +6,7 @@ pub mod node;
 pub mod postgres;
 pub mod proxy;
 pub mod raw;
+pub mod vendor;
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;

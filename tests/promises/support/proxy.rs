@@ -14,8 +14,8 @@ use tokio::sync::{broadcast, watch};
 use url::Url;
 
 use super::amqp_url;
-use frames::{Method, Mistake};
-use pump::{Amqp, Frame, Line, pump};
+use frames::{CONSUME_OK, Method, Mistake};
+use pump::{Amqp, Frame, Line, Passed, pump};
 
 /// Which connections break.
 #[derive(Clone, Copy, PartialEq)]
@@ -67,7 +67,7 @@ struct Shared {
     to_client: watch::Sender<Impairment>,
     to_server: watch::Sender<Impairment>,
     frames: broadcast::Sender<Frame>,
-    methods: Arc<Mutex<Vec<(usize, u16, Method)>>>,
+    methods: Arc<Mutex<Vec<Passed>>>,
 }
 
 impl Proxy {
@@ -171,13 +171,24 @@ impl Proxy {
 
     /// The channels of the nth connection that the broker has sent this method on, in that order.
     pub fn channels(&self, number: usize, method: Method) -> Vec<u16> {
+        self.passed(number, method, |passed| passed.channel)
+    }
+
+    /// The channel and the tag of each consumer that the nth connection has got.
+    pub fn consumers(&self, number: usize) -> Vec<(u16, Vec<u8>)> {
+        // The tag is the only argument, behind the octet of its length.
+        self.passed(number, CONSUME_OK, |passed| (passed.channel, passed.arguments[1..].to_vec()))
+    }
+
+    fn passed<T>(&self, number: usize, method: Method, of: impl Fn(&Passed) -> T) -> Vec<T> {
         let methods = self.shared.methods.lock().unwrap();
-        let these = methods.iter().filter(|(at, _, what)| (*at, *what) == (number, method));
-        these.map(|(_, channel, _)| *channel).collect()
+        let these =
+            methods.iter().filter(|passed| (passed.number, passed.method) == (number, method));
+        these.map(of).collect()
     }
 
     /// Makes a mistake in the worker's name on a channel of the nth connection.
-    pub fn make(&self, mistake: Mistake, number: usize, channel: u16) {
+    pub fn make(&self, mistake: &Mistake, number: usize, channel: u16) {
         let bytes = mistake.frame(channel);
         self.shared.frames.send(Frame { number, bytes }).unwrap();
     }

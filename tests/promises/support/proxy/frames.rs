@@ -25,6 +25,7 @@ const END: u8 = 0xce;
 #[derive(Default)]
 pub struct Frames {
     greeting: usize,
+    /// Of the frame that has begun; all of it where it is a method.
     head: Vec<u8>,
     seen: usize,
     in_content: bool,
@@ -39,16 +40,21 @@ impl Frames {
         Self { greeting: GREETING, ..Self::default() }
     }
 
-    /// Follows the stream through `bytes`, telling of every method that is complete. Returns the
-    /// first place in them where another frame can stand, if there is one.
-    pub fn follow(&mut self, bytes: &[u8], mut told: impl FnMut(u16, Method)) -> Option<usize> {
+    /// Follows the stream through `bytes`, telling of every method that is complete: its channel,
+    /// which it is, its arguments. Returns the first place in them where another frame can stand, if
+    /// there is one.
+    pub fn follow(
+        &mut self,
+        bytes: &[u8],
+        mut told: impl FnMut(u16, Method, &[u8]),
+    ) -> Option<usize> {
         let mut first = None;
         for (at, byte) in (1..).zip(bytes) {
             if self.greeting > 0 {
                 self.greeting -= 1;
                 continue;
             }
-            if self.head.len() < HEAD {
+            if self.head.len() < HEAD || self.head[0] == METHOD {
                 self.head.push(*byte);
             }
             self.seen += 1;
@@ -61,7 +67,7 @@ impl Frames {
                 METHOD => {
                     let method = (word(7), word(9));
                     self.in_content = method == PUBLISH;
-                    told(word(1), method);
+                    told(word(1), method, &self.head[HEAD..self.head.len() - 1]);
                 }
                 // One has room for all that the tests publish.
                 BODY => self.in_content = false,
@@ -82,17 +88,19 @@ impl Frames {
     }
 }
 
-/// A mistake of a client, for which the broker closes the channel.
-#[derive(Clone, Copy, Debug)]
+/// What a client should not do.
+#[derive(Clone, Debug)]
 pub enum Mistake {
-    /// Asks for a queue that is not there: 404.
+    /// Asks for a queue that is not there, for which the broker closes the channel: 404.
     NotFound,
     /// Acknowledges what was not delivered: 406.
     PreconditionFailed,
+    /// Ends the consumer of this tag, without an answer.
+    Cancel(Vec<u8>),
 }
 
 impl Mistake {
-    pub fn frame(self, channel: u16) -> Vec<u8> {
+    pub fn frame(&self, channel: u16) -> Vec<u8> {
         let payload = match self {
             // Passive, without arguments.
             Self::NotFound => {
@@ -101,6 +109,7 @@ impl Mistake {
             Self::PreconditionFailed => {
                 [&[0, 60, 0, 80], &u64::from(u32::MAX).to_be_bytes()[..], &[0]].concat()
             }
+            Self::Cancel(tag) => [&[0, 60, 0, 30], &short(tag)[..], &[1]].concat(),
         };
         let mut frame = vec![METHOD];
         frame.extend(channel.to_be_bytes());

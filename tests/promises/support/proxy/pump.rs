@@ -34,8 +34,17 @@ pub struct Line {
 pub enum Amqp {
     /// Frames to put in.
     ToServer(broadcast::Receiver<Frame>),
-    /// Keeps connection, channel and method of what has passed.
-    ToClient(Arc<Mutex<Vec<(usize, u16, Method)>>>),
+    /// Keeps what has passed.
+    ToClient(Arc<Mutex<Vec<Passed>>>),
+}
+
+/// A method that has passed.
+pub struct Passed {
+    /// The connection, as the nth that was served.
+    pub number: usize,
+    pub channel: u16,
+    pub method: Method,
+    pub arguments: Vec<u8>,
 }
 
 enum Step {
@@ -100,9 +109,10 @@ async fn take(mut from: OwnedReadHalf, to: mpsc::Sender<Step>, line: Line) -> io
         }
         passed += read;
         if let Some(amqp) = &amqp {
-            let end = frames.follow(&bytes, |channel, method| {
+            let end = frames.follow(&bytes, |channel, method, arguments| {
                 if let Amqp::ToClient(methods) = amqp {
-                    methods.lock().unwrap().push((number, channel, method));
+                    let arguments = arguments.to_vec();
+                    methods.lock().unwrap().push(Passed { number, channel, method, arguments });
                 }
             });
             if let Some(end) = end {
