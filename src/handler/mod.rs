@@ -24,8 +24,8 @@ use crate::telemetry::chain;
 pub use crate::elevenlabs::State as VendorState;
 
 use submit::SubmitJob;
-use turn::{Deferral, Next, Turn};
-use vendor::{Clearance, Key};
+use turn::{Clearance, Deferral, Next, Turn};
+use vendor::Key;
 
 /// How often to ask whether a submit that is in hand has ended.
 const LOOKING: Policy =

@@ -2,6 +2,7 @@
 
 mod reconcile;
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -21,8 +22,8 @@ use reconcile::Reconciled;
 use super::outcome::{
     expired, failure, provider_warning, reused, struck, submit_unknown, succeeded, unavailable,
 };
-use super::turn::{Deferral, May, Next, Turn};
-use super::vendor::{Clearance, Key};
+use super::turn::{Clearance, Deferral, May, Next, Turn};
+use super::vendor::Key;
 use super::{Handled, Handler, Stopping, Then, Tried, VendorState, answered, deferred, then};
 
 /// How often to try a ledger that cannot be used, before anything of a submit has begun.
@@ -310,10 +311,9 @@ impl Execution<'_> {
             if self.stopping.claimed.is_cancelled() {
                 return Clearance::Stopped;
             }
-            let may = may(self.turn, CommandKind::Submit, &vendor.borrow_and_update());
-            let limit = match Clearance::of(may) {
-                Ok(clearance) => return clearance,
-                Err(limit) => limit,
+            let limit = match may(self.turn, CommandKind::Submit, &vendor.borrow_and_update()) {
+                ControlFlow::Break(clearance) => return clearance,
+                ControlFlow::Continue(limit) => limit,
             };
             tokio::select! {
                 changed = vendor.changed() => if changed.is_err() { return Clearance::Stopped },

@@ -1,6 +1,7 @@
 //! One time that a command is in hand: whether it may call the vendor, waits a moment, goes to a
 //! delay queue, or has waited long enough.
 
+use std::ops::ControlFlow::{self, Break, Continue};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::domain::Earlier;
@@ -25,20 +26,23 @@ pub struct Turn {
     earlier: Earlier,
 }
 
-/// Whether the vendor may be called now.
+/// Whether a command may call the vendor.
 #[derive(Debug, PartialEq)]
-pub enum May {
-    /// Yes.
+pub enum Clearance {
+    /// Yes, now.
     Call,
-    /// Not yet: wait so long at most, or until the breaker changes, and ask again.
-    Wait(Duration),
     /// Not while the command is in hand.
     Defer(Deferral),
     /// It is not worth doing any more.
     Expired,
     /// The horizon is over and the vendor is not to be asked: it said so.
     NoMore(String),
+    /// The worker is stopping.
+    Stopped,
 }
+
+/// The same; [`Continue`]: not yet, wait so long at most, or until the breaker changes, and ask again.
+pub type May = ControlFlow<Clearance, Duration>;
 
 /// What follows an attempt that has to be repeated.
 #[derive(Debug, PartialEq)]
@@ -92,9 +96,13 @@ impl Turn {
         self.in_hand_until.saturating_duration_since(Instant::now())
     }
 
-    /// Has to say [`May::Call`] immediately before each call.
+    /// Has to say [`Clearance::Call`] immediately before each call.
     pub fn may_call(&self, kind: CommandKind, vendor: &State) -> May {
-        if self.has_expired() { May::Expired } else { self.may_look(kind, vendor, Duration::ZERO) }
+        if self.has_expired() {
+            Break(Clearance::Expired)
+        } else {
+            self.may_look(kind, vendor, Duration::ZERO)
+        }
     }
 
     /// The same for a read that tells what came of an earlier call, whatever time it is, until the
@@ -106,23 +114,31 @@ impl Turn {
         // Nobody asks for more than the horizon but a producer who makes it up.
         if !asked.is_zero() && asked <= left {
             let fits = asked <= in_hand;
-            return if fits { May::Wait(asked) } else { May::Defer(self.deferral(asked)) };
+            return if fits {
+                Continue(asked)
+            } else {
+                Break(Clearance::Defer(self.deferral(asked)))
+            };
         }
         if vendor.lets_through(kind) {
-            return May::Call;
+            return Break(Clearance::Call);
         }
         let wait = match vendor {
             State::Closed | State::HalfOpen => in_hand,
             // Nobody's campaign fails because somebody changed a key.
             State::Open(outage) if outage.is_about_the_key() => in_hand,
             State::Open(outage) if left.is_zero() && !outage.asks_for().is_zero() => {
-                return May::NoMore(outage.reason.clone());
+                return Break(Clearance::NoMore(outage.reason.clone()));
             }
             // Nothing is given up without a last attempt of its own.
-            State::Open(_) if left.is_zero() => return May::Call,
+            State::Open(_) if left.is_zero() => return Break(Clearance::Call),
             State::Open(_) => in_hand.min(left),
         };
-        if wait.is_zero() { May::Defer(self.deferral(Duration::ZERO)) } else { May::Wait(wait) }
+        if wait.is_zero() {
+            Break(Clearance::Defer(self.deferral(Duration::ZERO)))
+        } else {
+            Continue(wait)
+        }
     }
 
     /// After an attempt that has to be repeated.
@@ -180,22 +196,22 @@ mod tests {
     }
 
     fn is_deferred(may: &May) -> bool {
-        matches!(may, May::Defer(_))
+        matches!(may, Break(Clearance::Defer(_)))
     }
 
     #[test]
     fn during_an_outage_a_fresh_command_waits_a_moment_and_a_returned_one_goes_back() {
         let fresh = turn(Earlier::default()).may_call(CommandKind::Submit, &open(503, None));
-        assert!(matches!(fresh, May::Wait(wait) if wait > Duration::from_secs(9)), "{fresh:?}");
+        assert!(matches!(fresh, Continue(wait) if wait > Duration::from_secs(9)), "{fresh:?}");
         assert!(is_deferred(&turn(seen(20)).may_call(CommandKind::Submit, &open(503, None))));
     }
 
     #[test]
     fn past_the_horizon_there_is_one_more_attempt_unless_the_vendor_asks_for_time() {
         let old = || turn(seen(901));
-        assert_eq!(old().may_call(CommandKind::Get, &open(503, None)), May::Call);
+        assert_eq!(old().may_call(CommandKind::Get, &open(503, None)), Break(Clearance::Call));
         let asked = old().may_call(CommandKind::Get, &open(503, Some(100)));
-        assert!(matches!(asked, May::NoMore(_)), "{asked:?}");
+        assert!(matches!(asked, Break(Clearance::NoMore(_))), "{asked:?}");
         assert_eq!(old().next(None), Next::Over);
     }
 
@@ -208,8 +224,8 @@ mod tests {
     fn half_open_or_under_a_rate_limit_only_cancels_go() {
         for state in [State::HalfOpen, open(429, Some(100))] {
             let may = |kind| turn(Earlier::default()).may_call(kind, &state);
-            assert_eq!(may(CommandKind::Cancel), May::Call);
-            assert!(matches!(may(CommandKind::Get), May::Wait(_)));
+            assert_eq!(may(CommandKind::Cancel), Break(Clearance::Call));
+            assert!(matches!(may(CommandKind::Get), Continue(_)));
         }
     }
 
@@ -218,10 +234,13 @@ mod tests {
         let retry_at = SystemTime::now().checked_add(Duration::from_secs(50));
         let asked = turn(Earlier { retry_at, ..seen(60) });
         let may = asked.may_call(CommandKind::Get, &State::Closed);
-        assert!(matches!(may, May::Defer(d) if d.wait > Duration::from_secs(40)), "{may:?}");
+        assert!(
+            matches!(may, Break(Clearance::Defer(d)) if d.wait > Duration::from_secs(40)),
+            "{may:?}"
+        );
         let past = SystemTime::now().checked_sub(Duration::from_secs(1));
         let late = Turn::begin(POLICY, Earlier::default(), past);
-        assert_eq!(late.may_call(CommandKind::Submit, &State::Closed), May::Expired);
+        assert_eq!(late.may_call(CommandKind::Submit, &State::Closed), Break(Clearance::Expired));
     }
 
     #[test]

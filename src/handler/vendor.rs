@@ -1,5 +1,6 @@
 //! The vendor's health as the handler sees it: waits for it, asks about the key, probes it.
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -11,7 +12,7 @@ use crate::retry::Policy;
 use crate::telemetry::chain;
 
 use super::Handler;
-use super::turn::{Deferral, May, Turn};
+use super::turn::{Clearance, Turn};
 
 /// How often to ask a vendor that cannot be used whether it can, unless it has said when.
 const PROBING: Policy =
@@ -19,28 +20,6 @@ const PROBING: Policy =
 
 /// What has worked so long was no flicker: the next outage is probed quickly again.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
-
-/// Whether a command may call the vendor.
-pub enum Clearance {
-    Call,
-    Defer(Deferral),
-    Expired,
-    NoMore(String),
-    Stopped,
-}
-
-impl Clearance {
-    /// `Err`: how long to wait for it.
-    pub fn of(may: May) -> Result<Self, Duration> {
-        Ok(match may {
-            May::Call => Self::Call,
-            May::Wait(limit) => return Err(limit),
-            May::Defer(deferral) => Self::Defer(deferral),
-            May::Expired => Self::Expired,
-            May::NoMore(reason) => Self::NoMore(reason),
-        })
-    }
-}
 
 /// What the vendor thinks of the worker's key.
 pub enum Key {
@@ -64,9 +43,9 @@ impl Handler {
             if stop.is_cancelled() {
                 return Clearance::Stopped;
             }
-            let limit = match Clearance::of(turn.may_call(kind, &vendor.borrow_and_update())) {
-                Ok(clearance) => return clearance,
-                Err(limit) => limit,
+            let limit = match turn.may_call(kind, &vendor.borrow_and_update()) {
+                ControlFlow::Break(clearance) => return clearance,
+                ControlFlow::Continue(limit) => limit,
             };
             tokio::select! {
                 changed = vendor.changed() => if changed.is_err() { return Clearance::Stopped },

@@ -12,8 +12,8 @@ use crate::retry::Policy;
 use crate::telemetry::chain;
 
 use super::super::VendorState;
-use super::super::turn::{Deferral, SHORTEST_DELAY, Turn};
-use super::super::vendor::{Clearance, Key};
+use super::super::turn::{Clearance, Deferral, SHORTEST_DELAY, Turn};
+use super::super::vendor::Key;
 use super::{Execution, Waited, wait_for_ledger};
 
 /// How many looks at least prove that a batch is not there.
