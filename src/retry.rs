@@ -70,6 +70,11 @@ impl Schedule {
         self.before.saturating_add(self.started.elapsed())
     }
 
+    /// Of its policy.
+    pub fn horizon(&self) -> Option<Duration> {
+        self.policy.horizon
+    }
+
     /// How much is left of the horizon and `more`; without a horizon, for ever.
     pub fn remaining(&self, more: Duration) -> Duration {
         let horizon = self.policy.horizon;

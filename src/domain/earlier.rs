@@ -93,6 +93,14 @@ impl Earlier {
         }
     }
 
+    /// The same, but not first seen longer ago than `oldest`, where there is such a limit.
+    #[must_use]
+    pub fn no_older_than(mut self, oldest: Option<Duration>) -> Self {
+        let limit = oldest.and_then(|oldest| SystemTime::now().checked_sub(oldest));
+        self.first_seen = self.first_seen.max(limit);
+        self
+    }
+
     /// The same, set aside before it was begun because it came back `deliveries` times.
     #[must_use]
     pub fn set_aside(&self, deliveries: u32) -> Self {
@@ -132,6 +140,15 @@ mod tests {
         let much = read(i64::MAX);
         assert_eq!(much.attempts, 1_000_000);
         assert!(much.age() < Duration::from_secs(60), "seen in the future counts as now");
+    }
+
+    #[test]
+    fn it_is_no_older_than_the_limit_where_there_is_one() {
+        let ago = |seconds| SystemTime::now().checked_sub(Duration::from_secs(seconds));
+        let earlier = |seconds| Earlier { first_seen: ago(seconds), ..Earlier::default() };
+        let age = |seconds, limit| earlier(seconds).no_older_than(limit).age().as_secs();
+        let limit = Some(Duration::from_secs(450));
+        assert_eq!([age(900, limit), age(100, limit), age(900, None)], [450, 100, 900]);
     }
 
     #[test]

@@ -31,8 +31,9 @@ const MAX_PAGES: usize = 1_000;
 /// How many batches are remembered: some 3 MB.
 const REMEMBERED: usize = 20_000;
 
-/// How many times the list is read at the same time: one that has to go far back holds up no other.
-const READINGS_AT_ONCE: usize = 2;
+/// How many times the list is read at the same time: one that has to go far back need not hold up the
+/// others.
+const READINGS_AT_ONCE: usize = 4;
 
 /// How many candidates are read at the same time.
 const CANDIDATES_AT_ONCE: usize = 8;
@@ -69,7 +70,7 @@ pub struct Finder {
 /// A look: it waits for a reading of the list that begins after it.
 struct Look {
     lost: Lost,
-    age: Box<dyn Fn() -> Duration + Send + Sync>,
+    age: Box<dyn Fn() -> Duration + Send>,
     /// The second, by the vendor's clock, from which on the batch can have been created.
     since: i64,
     /// Why a batch that it could be cannot be ruled out.
@@ -137,43 +138,29 @@ impl Finder {
     /// asked when the vendor has said what time it is there. After an error, the next look need not
     /// ask again for what this one has learned.
     pub async fn look(
-        &self,
+        self: &Arc<Self>,
         lost: &Lost,
-        age: impl Fn() -> Duration + Clone + Send + Sync + 'static,
+        age: impl Fn() -> Duration + Send + 'static,
     ) -> Looked {
-        loop {
-            let (tell, mut told) = oneshot::channel();
-            self.wait(Look {
-                lost: lost.clone(),
-                age: Box::new(age.clone()),
-                since: i64::MIN,
-                inconclusive: None,
-                tell,
-            });
-            let turn = tokio::select! {
-                biased;
-                looked = &mut told => match looked {
-                    Ok(looked) => return looked,
-                    Err(_) => continue,
-                },
-                turn = self.readings.acquire() => turn,
-            };
-            self.read_for(self.take(&lost.agent_id), &lost.agent_id).await;
-            drop(turn);
-            // It may be in another reading's hands. One that is given up tells nobody anything.
-            if let Ok(looked) = told.await {
-                return looked;
-            }
-        }
+        let (tell, told) = oneshot::channel();
+        let (lost, age) = (lost.clone(), Box::new(age));
+        let agent_id = lost.agent_id.clone();
+        self.waiting().push(Look { lost, age, since: i64::MIN, inconclusive: None, tell });
+        let finder = Arc::clone(self);
+        // Not in this task: whoever stops looking must not stop the others.
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a read that a shutdown cuts off is no loss"
+        )]
+        tokio::spawn(async move {
+            let _turn = finder.readings.acquire().await;
+            finder.read_for(finder.take(&agent_id), &agent_id).await;
+        });
+        told.await.unwrap_or_else(|_| Err(Error::unreadable("reading it was broken off").into()))
     }
 
-    fn wait(&self, look: Look) {
-        let mut waiting = self.waiting();
-        waiting.retain(|look| !look.tell.is_closed());
-        waiting.push(look);
-    }
-
-    /// Every look that waits for a reading of this agent's batches.
+    /// Every look that waits for a reading of this agent's batches; none where an earlier reading has
+    /// taken them.
     fn take(&self, agent_id: &str) -> Vec<Look> {
         self.waiting().extract_if(.., |look| look.lost.agent_id == agent_id).collect()
     }
@@ -192,6 +179,7 @@ impl Finder {
     async fn read(&self, looks: &mut Vec<Look>, agent_id: &str) -> Result<(), Error> {
         let mut cursor: Option<String> = None;
         for _ in 0..MAX_PAGES {
+            looks.retain(|look| !look.tell.is_closed());
             if looks.is_empty() {
                 return Ok(());
             }
@@ -203,12 +191,13 @@ impl Finder {
             }
             let page: Page<'_> = serde_json::from_str(&text)
                 .map_err(|_| Error::unreadable("it is not a list of batches"))?;
-            let batches =
-                page.batch_calls.iter().map(|raw| Ok((serde_json::from_str(raw.get())?, *raw)));
-            let batches: Vec<(Listed, &RawValue)> = batches
-                .collect::<Result<_, serde_json::Error>>()
-                .map_err(|_| Error::unreadable("a batch in the list has no id, name or time"))?;
+            let read = |raw: &&'_ RawValue| serde_json::from_str(raw.get()).ok();
+            let batches = page.batch_calls.iter().filter_map(|raw| Some((read(raw)?, *raw)));
+            let batches: Vec<(Listed, &RawValue)> = batches.collect();
             self.search(looks, &batches).await;
+            if batches.len() < page.batch_calls.len() {
+                return Err(Error::unreadable("a batch in the list has no id, name or time"));
+            }
             // One page that is too old as a whole ends a look: not every list is in perfect order.
             let newest = batches.iter().map(|(listed, _)| listed.created_at_unix).max();
             let past = |look: &mut Look| newest.is_some_and(|newest| newest < look.since);
@@ -238,15 +227,13 @@ impl Finder {
         };
         // Collected, because the compiler cannot see of a lazy one that it may change threads.
         let asked: Vec<_> = candidates.into_iter().map(ask).collect();
-        let mut asked = stream::iter(asked).buffered(CANDIDATES_AT_ONCE);
+        let mut asked = stream::iter(asked).buffer_unordered(CANDIDATES_AT_ONCE);
         while !looks.is_empty()
             && let Some((listed, raw, markers)) = asked.next().await
         {
             match markers {
                 Ok(command_ids) => {
-                    let its = |look: &mut Look| {
-                        look.is_for(listed) && command_ids.contains(&look.lost.command_id)
-                    };
+                    let its = |look: &mut Look| command_ids.contains(&look.lost.command_id);
                     looks.extract_if(.., its).for_each(|look| look.adopt(raw));
                 }
                 Err(error) => {
@@ -277,13 +264,15 @@ impl Finder {
             .map_err(|_| Error::unreadable("a batch in the list has an id of another form"))?;
         let batch = self.vendor.get(&id).await?.data;
         let small = batch.get().len() <= INLINE_BYTES;
-        let read = move || serde_json::from_str::<Marked>(batch.get());
-        let marked = if small { Ok(read()) } else { spawn_blocking(read).await };
-        let marked = marked.ok().and_then(Result::ok);
-        let marked = marked.ok_or_else(|| Error::unreadable("the recipients cannot be read"))?;
-        let command_ids = marked.command_ids();
+        let read = move || {
+            let marked = serde_json::from_str::<Marked>(batch.get()).ok()?;
+            Some((marked.command_ids(), marked.recipients.len() as u64))
+        };
+        let read = if small { read() } else { spawn_blocking(read).await.ok().flatten() };
+        let (command_ids, recipients) =
+            read.ok_or_else(|| Error::unreadable("the recipients cannot be read"))?;
         let expected = listed.total_calls_scheduled.unwrap_or_default().max(1);
-        if command_ids.is_empty() && (marked.recipients.len() as u64) < expected {
+        if command_ids.is_empty() && recipients < expected {
             return Err(Error::unreadable("the batch does not have all of its recipients yet"));
         }
         // That there is none may change: what is listed may not be complete yet.

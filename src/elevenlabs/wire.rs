@@ -155,6 +155,8 @@ impl Marked {
             .filter_map(|recipient| recipient.conversation_initiation_client_data.as_ref())
             .filter_map(|data| data.dynamic_variables.as_ref()?.call_manager_command_id.as_ref())
             .filter_map(serde_json::Value::as_str)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
             .map(str::to_owned)
             .collect()
     }

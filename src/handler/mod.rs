@@ -75,7 +75,7 @@ pub enum Handled {
 
 /// Executes commands against the vendor.
 pub struct Handler {
-    finder: Finder,
+    finder: Arc<Finder>,
     vendor: Client,
     ledger: Ledger,
     retry: Policy,
@@ -148,7 +148,7 @@ impl Handler {
     /// A handler that remembers submits in `ledger`.
     pub fn new(vendor: Client, ledger: Ledger, timing: Timing) -> Self {
         Self {
-            finder: Finder::new(vendor.clone()),
+            finder: Arc::new(Finder::new(vendor.clone())),
             vendor,
             ledger,
             retry: timing.retry,
@@ -446,9 +446,7 @@ fn answered(message: &CommandMessage, command_id: &str, of: ResultOf, ending: En
 }
 
 fn deferred(message: &CommandMessage, deferral: Deferral, tried: Tried) -> Handled {
-    let Deferral { wait, asked } = deferral;
-    Handled::Deferred {
-        wait,
-        earlier: message.earlier.after(asked, tried.attempts, tried.in_doubt),
-    }
+    let Deferral { wait, asked, oldest } = deferral;
+    let earlier = message.earlier.after(asked, tried.attempts, tried.in_doubt);
+    Handled::Deferred { wait, earlier: earlier.no_older_than(oldest) }
 }

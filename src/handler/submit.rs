@@ -114,7 +114,7 @@ impl Handler {
         let later = |turn: &Turn| {
             let earlier = turn.earlier();
             let tried = Tried { attempts: earlier.attempts, in_doubt: earlier.in_doubt };
-            deferred(message, turn.deferral(earlier.asked_to_wait()), tried)
+            deferred(message, turn.patient_deferral(earlier.asked_to_wait()), tried)
         };
         loop {
             crash::point(1);
@@ -237,6 +237,8 @@ impl Execution<'_> {
             Clearance::Stopped => return Some(Step::LetGo),
         }
         match self.lease.before_request(self.attempts + 1).await {
+            // The ledger may have taken its time.
+            Ok(Go::Ahead) if self.turn.has_expired() => Some(Step::Settle(expired(self.attempts))),
             Ok(Go::Ahead) => {
                 self.ledger_pace = None;
                 None
@@ -249,7 +251,9 @@ impl Execution<'_> {
                 let stop = &self.stopping.claimed;
                 match wait_for_ledger(pace, Duration::MAX, command_id, &error, stop).await {
                     Waited::TryAgain => Some(Step::Send),
-                    Waited::TooLong => Some(Step::Defer(self.turn.deferral(Duration::ZERO))),
+                    Waited::TooLong => {
+                        Some(Step::Defer(self.turn.patient_deferral(Duration::ZERO)))
+                    }
                     Waited::Stopped => Some(Step::LetGo),
                 }
             }
@@ -392,7 +396,7 @@ impl Execution<'_> {
                     {
                         Waited::TryAgain => {}
                         Waited::TooLong => {
-                            let deferral = self.turn.deferral(Duration::ZERO);
+                            let deferral = self.turn.patient_deferral(Duration::ZERO);
                             return Executed::Deferred(deferral, self.tried());
                         }
                         Waited::Stopped => return Executed::LetGo,

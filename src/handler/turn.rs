@@ -62,6 +62,8 @@ pub struct Deferral {
     pub wait: Duration,
     /// The vendor asks not to be called before.
     pub asked: Duration,
+    /// It counts as no older than this.
+    pub oldest: Option<Duration>,
 }
 
 impl Turn {
@@ -123,10 +125,11 @@ impl Turn {
         if vendor.lets_through(kind) {
             return Break(Clearance::Call);
         }
+        let waits_for_the_key = matches!(vendor, State::Open(outage) if outage.is_about_the_key());
         let wait = match vendor {
             State::Closed | State::HalfOpen => in_hand,
             // Nobody's campaign fails because somebody changed a key.
-            State::Open(outage) if outage.is_about_the_key() => in_hand,
+            State::Open(_) if waits_for_the_key => in_hand,
             State::Open(outage) if left.is_zero() && !outage.asks_for().is_zero() => {
                 return Break(Clearance::NoMore(outage.reason.clone()));
             }
@@ -134,11 +137,14 @@ impl Turn {
             State::Open(_) if left.is_zero() => return Break(Clearance::Call),
             State::Open(_) => in_hand.min(left),
         };
-        if wait.is_zero() {
-            Break(Clearance::Defer(self.deferral(Duration::ZERO)))
-        } else {
-            Continue(wait)
+        if !wait.is_zero() {
+            return Continue(wait);
         }
+        Break(Clearance::Defer(if waits_for_the_key {
+            self.patient_deferral(Duration::ZERO)
+        } else {
+            self.deferral(Duration::ZERO)
+        }))
     }
 
     /// After an attempt that has to be repeated.
@@ -159,7 +165,16 @@ impl Turn {
         let left = self.remaining(Duration::ZERO);
         let left = if left.is_zero() { Duration::MAX } else { left };
         let wait = (self.schedule.age() / 4).min(left).max(SHORTEST_DELAY).max(asked);
-        Deferral { wait, asked }
+        Deferral { wait, asked, oldest: None }
+    }
+
+    /// The same where it waits for a person or for the ledger: half of the horizon is left for what
+    /// comes then.
+    pub fn patient_deferral(&self, asked: Duration) -> Deferral {
+        Deferral {
+            oldest: self.schedule.horizon().map(|horizon| horizon / 2),
+            ..self.deferral(asked)
+        }
     }
 }
 
@@ -217,7 +232,9 @@ mod tests {
 
     #[test]
     fn what_waits_for_a_key_waits_past_every_horizon() {
-        assert!(is_deferred(&turn(seen(90_000)).may_call(CommandKind::Submit, &open(401, None))));
+        let may = turn(seen(90_000)).may_call(CommandKind::Submit, &open(401, None));
+        let half = Some(Duration::from_secs(450));
+        assert!(matches!(may, Break(Clearance::Defer(d)) if d.oldest == half), "{may:?}");
     }
 
     #[test]

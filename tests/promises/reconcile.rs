@@ -138,6 +138,39 @@ async fn a_batch_that_shows_late_in_the_list_is_waited_for() {
     world.finish().await;
 }
 
+/// Until 2 s after its submit, no batch shows in the list; the window is shorter.
+async fn behind_its_time() -> World {
+    let lag = Duration::from_secs(2);
+    let options = Options { speed: 0.0, list_lag: lag, ..Options::default() };
+    let mut world = World::before(options).await;
+    world.start_worker(|settings| settings.settling_window = lag * 3 / 5).await;
+    lose_next(&world, true);
+    world
+}
+
+#[tokio::test]
+async fn the_wait_for_a_list_does_not_count_as_a_time_without_the_batch() {
+    let mut world = behind_its_time().await;
+    let slow = Effect::Latency(Duration::from_millis(1_500));
+    world.sandbox.order(Fault::on(Route::List, slow));
+    submit(&world, "m").await;
+    let result = world.next_result().await;
+    assert_adopted(&world, &result);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_list_that_was_away_in_between_has_to_show_for_the_whole_window_again() {
+    let mut world = behind_its_time().await;
+    world.sandbox.order(Fault::on(Route::List, Effect::Latency(Duration::from_millis(1))));
+    let away = Effect::vendor_error(503, "down", "Down.");
+    world.sandbox.order(Fault::on(Route::List, away).times(2));
+    submit(&world, "m").await;
+    let result = world.next_result().await;
+    assert_adopted(&world, &result);
+    world.finish().await;
+}
+
 #[tokio::test]
 async fn the_equal_batch_of_another_command_is_not_adopted() {
     let mut world = World::start().await;

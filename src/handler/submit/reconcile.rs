@@ -64,7 +64,9 @@ impl Execution<'_> {
                     match wait_for_ledger(&mut pace, left, command_id, &error, stop).await {
                         Waited::TryAgain => continue,
                         Waited::TooLong => {
-                            return Reconciled::Deferred(self.turn.deferral(Duration::ZERO));
+                            return Reconciled::Deferred(
+                                self.turn.patient_deferral(Duration::ZERO),
+                            );
                         }
                         Waited::Stopped => return Reconciled::Stopped,
                     }
@@ -91,7 +93,8 @@ impl Execution<'_> {
                 }
                 Ok(Ok(None)) => {
                     looks += 1;
-                    let first = *settling.get_or_insert(began);
+                    // Not since it began: it may have waited for its turn, or for the vendor.
+                    let first = *settling.get_or_insert_with(Instant::now);
                     if began.duration_since(first) >= window && looks >= LOOKS {
                         info!(command_id, looks, "not there: it was not created");
                         return Reconciled::Absent;
@@ -100,6 +103,7 @@ impl Execution<'_> {
                     (window / 3).min(left).max(SHORTEST_PAUSE)
                 }
                 failed => {
+                    (settling, looks) = (None, 0);
                     let (said, cause, asked) = match &failed {
                         Ok(Err(error)) => (error.to_string(), chain(&**error), error.retry_after()),
                         _ => ("it took too long".to_owned(), "too slow".to_owned(), None),

@@ -1,9 +1,9 @@
 //! The sandbox and a client of the worker's to it, without a worker around them.
 
+use std::time::Duration;
+
 use call_manager::elevenlabs::{Client, Settings};
 use elevenlabs_sandbox::{Options, Route, Sandbox};
-
-use super::LIMIT;
 
 pub struct Vendor {
     pub sandbox: Sandbox,
@@ -16,8 +16,8 @@ impl Vendor {
         let settings = Settings {
             api_key: "sandbox-key".into(),
             base_url: sandbox.base_url().parse().unwrap(),
-            connect_timeout: LIMIT,
-            timeout: LIMIT,
+            connect_timeout: Duration::from_secs(2),
+            timeout: Duration::from_secs(3),
         };
         Self { client: Client::new(&settings).unwrap(), sandbox }
     }
