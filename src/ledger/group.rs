@@ -27,6 +27,9 @@ const FORGET_MORE: Duration = Duration::from_secs(1);
 /// How often a store that failed is tried again while nobody asks anything of it.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
+/// The same of one that works, so that it is known before a command needs it.
+const TRY_IDLE: Duration = Duration::from_secs(10);
+
 /// One operation and who waits for it.
 pub struct Request {
     /// Which row.
@@ -131,10 +134,9 @@ pub async fn serve(
         }
         let mut waiting = Vec::new();
         let is_in_trouble = trouble.borrow().is_some();
-        let until = if is_in_trouble { Instant::now() + TRY_AGAIN } else { forget_at };
+        let until = Instant::now() + if is_in_trouble { TRY_AGAIN } else { TRY_IDLE };
         let mut group = match timeout_at(until, requests.recv_many(&mut waiting, MAX_GROUP)).await {
-            Err(_) if is_in_trouble => Group::trial(store.worker()),
-            Err(_) => continue,
+            Err(_) => Group::trial(store.worker()),
             Ok(0) => return,
             Ok(_) => Group::new(waiting),
         };
