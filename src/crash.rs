@@ -28,3 +28,16 @@ pub fn on(message_id: Option<&str>) {
 /// Nothing.
 #[cfg(not(feature = "crash-points"))]
 pub const fn on(_message_id: Option<&str>) {}
+
+/// # Panics
+///
+/// Where the environment says `PANIC_ON=<this message_id>`.
+#[cfg(feature = "crash-points")]
+pub fn panic_on(message_id: Option<&str>) {
+    let chosen = std::env::var("PANIC_ON").is_ok_and(|id| Some(id.as_str()) == message_id);
+    assert!(!chosen, "PANIC_ON names this command");
+}
+
+/// Nothing.
+#[cfg(not(feature = "crash-points"))]
+pub const fn panic_on(_message_id: Option<&str>) {}

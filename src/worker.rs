@@ -76,6 +76,7 @@ struct Link {
     stopping: Stopping,
     /// Cancelled by whoever notices that the generation is of no use any more.
     lost: CancellationToken,
+    readiness: Readiness,
 }
 
 impl Worker {
@@ -130,7 +131,7 @@ impl Worker {
                     let since = Instant::now();
                     info!(prefetch = self.broker.prefetch, "consuming");
                     readiness.good(Part::Broker);
-                    readiness.good(Part::Publisher);
+                    readiness.wrong(Part::Publisher, "no message is confirmed yet");
                     let Some(reason) = self.serve(generation, &stop).await else {
                         return Ok(());
                     };
@@ -165,6 +166,7 @@ impl Worker {
                 now: self.shared.now.clone(),
             },
             lost: lost.clone(),
+            readiness: self.shared.readiness.clone(),
         };
         let reasons = {
             let (lanes, mut events, pulse) = generation.parts();
@@ -207,6 +209,10 @@ impl Worker {
     async fn ask(&self, pulse: &Pulse) -> String {
         let intake = self.shared.intake();
         let mut unconsumed = Vec::new();
+        if let Err(reason) = pulse.publish().await {
+            return reason;
+        }
+        self.shared.readiness.good(Part::Publisher);
         loop {
             tokio::time::sleep(PULSE).await;
             match pulse.check(|kind| intake.takes(kind)).await {

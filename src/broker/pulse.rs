@@ -34,7 +34,7 @@ impl Pulse {
         &self,
         is_consumed: impl Fn(CommandKind) -> bool,
     ) -> Result<Vec<String>, String> {
-        self.publisher.pulse().await.map_err(|error| chain(&error))?;
+        self.publish().await?;
         let mut unconsumed = Vec::new();
         for kind in CommandKind::ALL {
             for (name, consumed) in [
@@ -48,6 +48,11 @@ impl Pulse {
             }
         }
         Ok(unconsumed)
+    }
+
+    /// Whether the publisher gets its confirms.
+    pub async fn publish(&self) -> Result<(), String> {
+        self.publisher.pulse().await.map_err(|error| chain(&error))
     }
 
     /// How many commands lie in their queue, not those in a worker's hands.

@@ -100,9 +100,9 @@ pub fn poison(kind: CommandKind, deliveries: u32) -> Outcome {
     Outcome::Failed {
         code: ErrorCode::PoisonMessage,
         error: format!(
-            "The command came back {deliveries} times without an end, as when it ends its worker or \
-             its connection. It is not executed any more, and lies in the dead-letter queue for \
-             the operator of call-manager. {done}"
+            "The command came back {deliveries} times without an end, as when it ends its worker. It \
+             is not executed any more, and lies in the dead-letter queue for the operator of \
+             call-manager. {done}"
         ),
     }
 }

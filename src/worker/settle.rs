@@ -1,8 +1,10 @@
 //! One command from its delivery to its ack: executed, deferred, or given up as poison.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{error, info, warn};
 
@@ -12,15 +14,20 @@ use crate::domain::Earlier;
 use crate::domain::command::CommandMessage;
 use crate::domain::result::{ErrorCode, ResultEvent};
 use crate::handler::Handled;
-use crate::retry::{Policy, Schedule};
+use crate::health::Part;
+use crate::retry::Policy;
 use crate::telemetry::chain;
 
 use super::suspects::Verdict;
-use super::{Link, Shared, wait};
+use super::{Link, Shared};
 
-/// How fast to publish again what a full queue refused.
-const REPUBLISH: Policy =
-    Policy { initial: Duration::from_millis(100), max: Duration::from_secs(5), horizon: None };
+/// How fast to publish again what a full queue refused, and for how long: the broker takes back what is
+/// held for 30 minutes.
+const REPUBLISH: Policy = Policy {
+    initial: Duration::from_millis(100),
+    max: Duration::from_secs(5),
+    horizon: Some(Duration::from_secs(10 * 60)),
+};
 
 /// How long a suspect waits before it is executed: what was delivered along with it is out of this worker's
 /// hands by then, or done.
@@ -56,7 +63,7 @@ pub async fn settle(
     };
     if let Some(reason) = &reason {
         error!(message_id = message.producer_id(), reason, "goes to the dead-letter queue");
-        let copied = copied(&link, || link.publisher.dead_letter(&delivery, reason)).await;
+        let copied = unrefused(&link, || link.publisher.dead_letter(&delivery, reason)).await;
         if let Err(error) = copied {
             return lose(&delivery, &link, &error);
         }
@@ -107,7 +114,16 @@ async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) ->
     }
     crash::on(message.producer_id());
     shared.suspects.begun(message);
-    shared.handler.handle(Arc::clone(message), &link.stopping).await
+    let handling = async {
+        crash::panic_on(message.producer_id());
+        shared.handler.handle(Arc::clone(message), &link.stopping).await
+    };
+    AssertUnwindSafe(handling).catch_unwind().await.unwrap_or_else(|_| {
+        // Whose fault it is, is known: the others need not be delivered again for it.
+        let deliveries = message.came_back() + 1;
+        error!(message_id = message.producer_id(), deliveries, "the command's task panicked");
+        set_aside(deliveries)
+    })
 }
 
 /// To a delay queue, and only then acknowledged.
@@ -119,7 +135,7 @@ async fn defer(
     earlier: &Earlier,
 ) {
     let delay = Delay::of(wait);
-    if let Err(error) = copied(link, || link.publisher.defer(delivery, delay, earlier)).await {
+    if let Err(error) = unrefused(link, || link.publisher.defer(delivery, delay, earlier)).await {
         return lose(delivery, link, &error);
     }
     crash::point(9);
@@ -139,39 +155,37 @@ async fn defer(
     );
 }
 
-/// Until the broker has the copy, or the generation ends: a full queue is no reason to lose all that
-/// is in hand.
-async fn copied<F>(link: &Link, publish: impl Fn() -> F) -> Result<(), PublishError>
+/// Publishes until the broker takes it, or the generation ends: a full queue is no reason to lose all
+/// that is in hand.
+async fn unrefused<F>(link: &Link, publish: impl Fn() -> F) -> Result<(), PublishError>
 where
     F: Future<Output = Result<(), PublishError>>,
 {
     let mut pace = REPUBLISH.start();
+    let mut was_refused = false;
     loop {
-        match publish().await {
-            Err(error @ PublishError::Refused) => {
-                warn!(%error, "trying again");
-                refused(link, &mut pace, error).await?;
+        let error = match publish().await {
+            Err(error @ PublishError::Refused) => error,
+            Ok(()) if was_refused => {
+                link.readiness.good(Part::Publisher);
+                return Ok(());
             }
             other => return other,
+        };
+        was_refused = true;
+        warn!(%error, "trying again");
+        link.readiness.wrong(Part::Publisher, error.to_string());
+        // A stop alone is no reason: unpublished, the command would be executed again.
+        if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
+            return Err(error);
+        }
+        let Some(wait) = pace.next_wait(None) else { return Err(error) };
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = link.stopping.now.cancelled() => {}
+            () = link.lost.cancelled() => {}
         }
     }
-}
-
-/// Waits a moment before what a full queue refused is published again; `Err` where that is no use.
-async fn refused(
-    link: &Link,
-    pace: &mut Schedule,
-    error: PublishError,
-) -> Result<(), PublishError> {
-    // A stop alone is no reason: unpublished, the command would be executed again.
-    if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
-        return Err(error);
-    }
-    tokio::select! {
-        () = wait(pace, &link.stopping.now) => {}
-        () = link.lost.cancelled() => {}
-    }
-    Ok(())
 }
 
 fn lose(delivery: &Delivery, link: &Link, error: &PublishError) {
@@ -185,9 +199,8 @@ async fn publish(
     link: &Link,
     mut event: Arc<ResultEvent>,
 ) -> Result<Arc<ResultEvent>, PublishError> {
-    let mut pace = REPUBLISH.start();
     loop {
-        match link.publisher.publish(&event).await {
+        match unrefused(link, || link.publisher.publish(&event)).await {
             Ok(()) => return Ok(event),
             Err(PublishError::TooLarge { bytes }) => {
                 warn!(
@@ -195,10 +208,6 @@ async fn publish(
                     bytes, "the broker takes no such large message"
                 );
                 event = Arc::new(event.too_large(bytes));
-            }
-            Err(error @ PublishError::Refused) => {
-                warn!(command_id = event.command_id, %error, "trying again");
-                refused(link, &mut pace, error).await?;
             }
             Err(error) => return Err(error),
         }

@@ -3,12 +3,15 @@
 use call_manager::domain::command::CommandKind;
 use futures_util::StreamExt as _;
 use lapin::BasicProperties;
-use lapin::options::BasicGetOptions;
+use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 use tokio::time::timeout;
 
-use crate::support::{LIMIT, Received, World, consume, exclusive_queue, submit_body, with_id};
+use crate::process::Process;
+use crate::support::{
+    LIMIT, Received, World, consume, exclusive_queue, submit_body, until, with_id,
+};
 
 const GET: CommandKind = CommandKind::Get;
 
@@ -129,6 +132,38 @@ async fn direct_reply_to_works() {
 }
 
 #[tokio::test]
+async fn a_full_queue_is_waited_for_and_readiness_says_so() {
+    let mut world = World::without_worker().await;
+    let mut small = FieldTable::default();
+    small.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    small.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    let full = world.channel.queue_declare("".into(), options, small).await.unwrap();
+    let full = full.name().clone();
+    let results = world.topology.results_exchange();
+    let (all, none) = (QueueBindOptions::default(), FieldTable::default());
+    world.channel.queue_bind(full.clone(), results.into(), "#".into(), all, none).await.unwrap();
+
+    let worker = Process::consuming(&world, "memory:", &[]).await;
+    for id in ["first", "second"] {
+        world.publish(GET, &nobody(), with_id(id)).await;
+        assert_eq!(world.next_result().await.command_id(), id);
+    }
+    until("it says what is wrong", async || {
+        let (status, body) = worker.ready().await;
+        status == 503 && body.contains("\"publisher: the broker refused the message")
+    })
+    .await;
+    world.channel.queue_delete(full, QueueDeleteOptions::default()).await.unwrap();
+    until("it is ready again", async || worker.ready().await.0 == 200).await;
+    worker.stop().await;
+    // Whoever has room got it each time.
+    let repeated = world.remaining_results().await;
+    assert!(repeated.iter().all(|result| result.command_id() == "second"));
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn a_result_that_no_queue_is_bound_for_is_kept() {
     let mut world = World::without_worker().await;
     // The test's own results queue goes with its channel.
@@ -150,10 +185,8 @@ async fn a_result_that_no_queue_is_bound_for_is_kept() {
     );
     publish.await.unwrap();
     let unrouted = world.topology.unrouted();
-    crate::support::until("the result lies in the unrouted queue", async || {
-        world.queue(&unrouted).await.0 == 1
-    })
-    .await;
+    until("the result lies in the unrouted queue", async || world.queue(&unrouted).await.0 == 1)
+        .await;
     let kept = world.channel.basic_get(unrouted.as_str().into(), BasicGetOptions { no_ack: true });
     let kept = Received::checked(&kept.await.unwrap().unwrap().delivery);
     assert_eq!(kept.routing_key, "batch-calling.get.failed");

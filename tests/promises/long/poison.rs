@@ -1,12 +1,14 @@
 //! A command that ends its workers is given up with a result, and takes no other along.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{Effect, Fault, Route};
-use lapin::options::BasicGetOptions;
+use lapin::options::{BasicGetOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
+use crate::load::until_within;
 use crate::process::Process;
 use crate::support::{World, submit_body, until, with_id};
 
@@ -15,13 +17,16 @@ const SUBMIT: CommandKind = CommandKind::Submit;
 /// After so many times it is not executed any more.
 const TIMES: usize = 20;
 
+/// It goes to a delay queue each time.
+const LONG: Duration = Duration::from_secs(120);
+
 #[tokio::test]
 async fn poison_is_dead_lettered_with_a_reason_and_takes_no_other_command_along() {
     const OTHERS: usize = 40;
     let mut world = World::without_worker().await;
     let body = submit_body().to_string();
     // Each attempt takes a while, so that whatever is in hand is there when the worker dies.
-    let slow = Effect::Latency(std::time::Duration::from_millis(300));
+    let slow = Effect::Latency(Duration::from_millis(300));
     world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
     let mut headers = FieldTable::default();
     headers.insert("campaign".into(), AMQPValue::LongString("autumn".into()));
@@ -66,6 +71,32 @@ async fn poison_is_dead_lettered_with_a_reason_and_takes_no_other_command_along(
     let ours = headers.keys().filter(|name| name.as_str().starts_with("x-call-manager"));
     assert_eq!(ours.count(), 1, "published again, it begins anew: {headers:?}");
     survivor.stop().await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_command_that_panics_again_and_again_is_given_up_and_ends_no_connection() {
+    let mut world = World::without_worker().await;
+    let worker = Process::consuming(&world, "memory:", &[("PANIC_ON", "poison")]).await;
+    let body = submit_body().to_string();
+    for id in ["before", "poison", "behind"] {
+        world.publish(SUBMIT, body.as_bytes(), with_id(id)).await;
+    }
+    for _ in 0..2 {
+        assert_eq!(world.next_result().await.code(), "200", "the others are not dragged along");
+    }
+    let given_up = async || worker.log().contains("goes to the dead-letter queue");
+    until_within(LONG, "it is given up", given_up).await;
+    assert_eq!(world.next_result().await.code(), "500 poison_message");
+    let log = worker.log();
+    assert_eq!(log.matches("the command's task panicked").count(), TIMES);
+    assert!(!log.contains("connecting again"), "{log}");
+    worker.stop().await;
+    world
+        .channel
+        .queue_purge(world.topology.dead_letter().into(), QueuePurgeOptions::default())
+        .await
+        .unwrap();
     world.finish().await;
 }
 
