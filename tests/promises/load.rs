@@ -126,12 +126,3 @@ pub async fn until_within(limit: Duration, what: &str, condition: impl AsyncFn()
     };
     timeout(limit, waiting).await.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"));
 }
-
-impl World {
-    /// After a load: the worker of this process stops, and nothing is left.
-    pub async fn finish_load(mut self, load: Load) {
-        self.stop_worker().await;
-        load.verify(&mut self).await;
-        self.finish().await;
-    }
-}

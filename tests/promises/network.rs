@@ -3,73 +3,145 @@
 
 use std::time::Duration;
 
-use call_manager::config::Settings;
 use elevenlabs_sandbox::{Effect, Fault, Route};
 use futures_util::future::join_all;
 
-use crate::load::{Load, until_within};
+use crate::load::{Load, until_memory_is_back, until_within};
+use crate::process::Process;
 use crate::support::proxy::frames::{
     CHANNEL_CLOSE, CONFIRM_SELECT_OK, CONSUME_OK, Method, Mistake,
 };
 use crate::support::proxy::{Hole, Proxy, Towards};
 use crate::support::{World, until};
 
-const BOTH: [Towards; 2] = [Towards::Client, Towards::Server];
+/// Submits before the memory is measured: what a worker allocates once is there by then.
+const WARM_UP: usize = 200;
 
-/// A world whose worker has few commands in hand at a time and reaches the broker through a proxy,
-/// with the beginning of a load. `query` adds to the broker's URL.
-pub async fn behind_proxy(query: &str, name: String) -> (World, Proxy, Load) {
-    let mut world = World::without_worker().await;
-    let (proxy, url) = Proxy::to_broker().await;
-    let load = Load::of(&world, name).await;
-    world.sandbox.order(
-        Fault::on(Route::Submit, Effect::Latency(Duration::from_millis(100))).until_cleared(),
-    );
-    let change = |settings: &mut Settings| {
-        settings.broker.amqp_url = format!("{url}{query}").into();
-        settings.broker.prefetch = 16;
-    };
-    world.start_worker(change).await;
-    (world, proxy, load)
+/// A worker process with few commands in hand at a time that has worked through a proxy, and what it
+/// took for that.
+pub struct Trial {
+    pub world: World,
+    pub proxy: Proxy,
+    pub load: Load,
+    worker: Process,
+    resident: u64,
+}
+
+impl Trial {
+    /// With a proxy before the broker, and a vendor that takes a while, so that there are always some
+    /// in hand. `query` adds to the broker's URL.
+    pub async fn of_broker(query: &str, name: &str) -> Self {
+        let world = World::without_worker().await;
+        let (proxy, url) = Proxy::to_broker().await;
+        slow_down(&world);
+        let url = format!("{url}{query}");
+        let settings = [
+            ("AMQP_URL", url.as_str()),
+            ("ELEVENLABS_CONNECT_TIMEOUT", "2s"),
+            ("ELEVENLABS_TIMEOUT", "10s"),
+        ];
+        Self::start(name, world, proxy, &settings).await
+    }
+
+    /// With a proxy before the vendor, and a limit on each request.
+    async fn of_vendor(name: &str, limit: &str) -> Self {
+        let world = World::without_worker().await;
+        let vendor = world.sandbox.base_url().strip_prefix("http://").unwrap().parse().unwrap();
+        let proxy = Proxy::to(vendor).await;
+        let url = format!("http://{}", proxy.address);
+        let settings = [
+            ("ELEVENLABS_BASE_URL", url.as_str()),
+            ("ELEVENLABS_TIMEOUT", limit),
+            // What was stalled arrives when the hole is gone, and has to show in the list by then.
+            ("SETTLING_WINDOW", "1s"),
+        ];
+        Self::start(name, world, proxy, &settings).await
+    }
+
+    async fn start(name: &str, world: World, proxy: Proxy, settings: &[(&str, &str)]) -> Self {
+        let settings = [settings, &[("PREFETCH", "16"), ("RETRY_HORIZON", "60s")]].concat();
+        let worker = Process::consuming(&world, &world.ledger_url(), &settings).await;
+        let mut load = Load::of(&world, name).await;
+        load.publish(&world, WARM_UP).await;
+        load.until_all_answered().await;
+        let resident = worker.resident_bytes();
+        // Tells which of several rows at a time the number is of.
+        eprintln!("{name}: {} kB", resident >> 10);
+        Self { world, proxy, load, worker, resident }
+    }
+
+    /// From now on, all that passes takes so much longer each way.
+    fn delay(&self, by: Duration) {
+        for towards in [Towards::Client, Towards::Server] {
+            self.proxy.delay(towards, by);
+        }
+    }
+
+    pub async fn publish(&mut self, count: usize) {
+        self.load.publish(&self.world, count).await;
+    }
+
+    /// Publishes, and returns in the middle of work: when so many more have a result.
+    pub async fn under_load(&mut self, count: usize, answered: usize) {
+        self.publish(count).await;
+        self.load.until_answered(self.load.answered() + answered).await;
+    }
+
+    /// Submits that the vendor has got since the warm-up, and the batches it has made since.
+    fn at_vendor(&self) -> (usize, usize) {
+        let (submits, batches) = (self.world.requests(Route::Submit), self.world.sandbox.batches());
+        (submits - WARM_UP, batches.len() - WARM_UP)
+    }
+
+    /// When all is answered: the memory is back, the worker stops, and nothing is left.
+    pub async fn finish(mut self) {
+        until_memory_is_back(&self.worker, self.resident).await;
+        self.worker.stop().await;
+        self.load.verify(&mut self.world).await;
+        self.world.finish().await;
+    }
+}
+
+/// From now on the vendor takes a while for a submit.
+fn slow_down(world: &World) {
+    let slow = Effect::Latency(Duration::from_millis(100));
+    world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
 }
 
 /// All that passes between worker and broker takes 200 ms each way.
-pub async fn slow(name: &str) -> (World, Proxy, Load) {
-    let (world, proxy, load) = behind_proxy("", name.to_owned()).await;
-    for towards in BOTH {
-        proxy.delay(towards, Duration::from_millis(200));
-    }
-    (world, proxy, load)
+pub async fn slow(name: &str) -> Trial {
+    let trial = Trial::of_broker("", name).await;
+    trial.delay(Duration::from_millis(200));
+    trial
 }
 
 #[tokio::test]
 async fn a_slow_way_to_the_broker_costs_time_only() {
-    let (world, proxy, mut load) = slow("broker, 200 ms each way").await;
-    load.publish(&world, 150).await;
-    load.until_all_answered().await;
-    assert_eq!(proxy.accepted(), 2, "slow is not lost");
-    proxy.heal();
-    world.finish_load(load).await;
+    let mut trial = slow("broker, 200 ms each way").await;
+    trial.publish(150).await;
+    trial.load.until_all_answered().await;
+    assert_eq!(trial.proxy.accepted(), 2, "slow is not lost");
+    trial.proxy.heal();
+    trial.finish().await;
 }
 
 /// A heartbeat every two seconds.
 const OFTEN: &str = "?heartbeat=2";
 
-/// Under load, nothing arrives in one direction until the worker has missed it.
+/// Under load, nothing arrives in one direction until the worker, or the broker, has missed it.
 pub async fn silence(towards: Towards, hole: Hole, query: &str) {
     let name = format!("broker, {towards:?} {hole:?}{query}");
-    let (world, proxy, mut load) = behind_proxy(query, name).await;
-    load.publish(&world, 150).await;
-    load.until_answered(20).await;
-    proxy.blackhole(towards, hole);
-    load.publish(&world, 20).await;
-    // It, or the broker, misses two heartbeats; three times as long, where the time is just over.
+    let mut trial = Trial::of_broker(query, &name).await;
+    trial.under_load(150, 20).await;
+    trial.proxy.blackhole(towards, hole);
+    trial.publish(20).await;
+    // By two heartbeats, or by the limit on a confirm; twice as long, where the time is just over.
     let limit = Duration::from_secs(60);
-    until_within(limit, "the worker connects again", async || proxy.accepted() > 2).await;
-    proxy.heal();
-    load.until_all_answered().await;
-    world.until_consuming().await;
-    world.finish_load(load).await;
+    until_within(limit, "the worker connects again", async || trial.proxy.accepted() > 2).await;
+    trial.proxy.heal();
+    trial.load.until_all_answered().await;
+    trial.world.until_consuming().await;
+    trial.finish().await;
 }
 
 #[tokio::test]
@@ -91,42 +163,53 @@ async fn silence_towards_the_broker_is_noticed_and_survived() {
 /// Breaks every connection to the broker after so many bytes, under load, for each of them in turn.
 async fn cut_after(towards: Towards, limits: [usize; 2]) {
     let name = format!("broker, {towards:?} cut after {limits:?} bytes");
-    let (world, proxy, mut load) = behind_proxy("", name).await;
+    let mut trial = Trial::of_broker("", &name).await;
     for limit in limits {
-        load.publish(&world, 30).await;
-        load.until_answered(load.answered() + 5).await;
-        let broken = proxy.broken();
-        proxy.cut_after(towards, limit);
+        trial.under_load(30, 5).await;
+        let broken = trial.proxy.broken();
+        trial.proxy.cut_after(towards, limit);
         // More for both connections to carry, and the attempts to connect again.
-        load.publish(&world, 10).await;
-        until("both connections are cut", async || proxy.broken() >= broken + 2).await;
-        proxy.heal();
-        load.until_all_answered().await;
+        trial.publish(10).await;
+        until("both connections are cut", async || trial.proxy.broken() >= broken + 2).await;
+        trial.proxy.heal();
+        trial.load.until_all_answered().await;
     }
-    world.until_consuming().await;
-    world.finish_load(load).await;
+    trial.world.until_consuming().await;
+    trial.finish().await;
 }
 
-/// Within a heartbeat, a method, the header and the body of a message; within the handshake of the
-/// connections that follow, and within what they declare.
-const LIMITS: [[usize; 2]; 4] = [[1, 1_900], [19, 540], [150, 2_700], [380, 1_100]];
+/// Within a heartbeat, a method, the header and the body of a message.
+const IN_A_FRAME: [[usize; 2]; 2] = [[1, 150], [19, 380]];
+
+/// Within the handshake of the connections that follow, and within what they declare.
+const IN_A_BEGINNING: [[usize; 2]; 2] = [[540, 2_700], [1_100, 1_900]];
 
 #[tokio::test]
-async fn a_connection_cut_within_anything_the_broker_says_loses_nothing() {
-    join_all(LIMITS.map(|limits| cut_after(Towards::Client, limits))).await;
+async fn a_connection_cut_within_a_frame_from_the_broker_loses_nothing() {
+    join_all(IN_A_FRAME.map(|limits| cut_after(Towards::Client, limits))).await;
 }
 
 #[tokio::test]
-async fn a_connection_cut_within_anything_the_worker_says_loses_nothing() {
-    join_all(LIMITS.map(|limits| cut_after(Towards::Server, limits))).await;
+async fn a_connection_cut_within_a_frame_to_the_broker_loses_nothing() {
+    join_all(IN_A_FRAME.map(|limits| cut_after(Towards::Server, limits))).await;
+}
+
+#[tokio::test]
+async fn a_connection_cut_while_the_broker_answers_its_beginning_loses_nothing() {
+    join_all(IN_A_BEGINNING.map(|limits| cut_after(Towards::Client, limits))).await;
+}
+
+#[tokio::test]
+async fn a_connection_cut_while_the_worker_begins_it_loses_nothing() {
+    join_all(IN_A_BEGINNING.map(|limits| cut_after(Towards::Server, limits))).await;
 }
 
 /// The broker closes each channel that the worker has got by this method, one after the other.
 async fn closed_channels(opened_with: Method, mistake: Mistake) {
     let name = format!("broker, {mistake:?} on the channels of {opened_with:?}");
-    let (world, proxy, mut load) = behind_proxy("", name).await;
+    let mut trial = Trial::of_broker("", &name).await;
     // Of the newest two connections, the one that has them, and each channel once.
-    let of_newest = || {
+    let of_newest = |proxy: &Proxy| {
         let newest = [proxy.accepted() - 1, proxy.accepted()];
         let all = newest.map(|number| (number, proxy.channels(number, opened_with)));
         let (number, mut channels) = all.into_iter().find(|(_, all)| !all.is_empty()).unwrap();
@@ -134,19 +217,19 @@ async fn closed_channels(opened_with: Method, mistake: Mistake) {
         channels.dedup();
         (number, channels)
     };
-    for nth in 0..of_newest().1.len() {
-        load.publish(&world, 40).await;
-        load.until_answered(load.answered() + 10).await;
+    for nth in 0..of_newest(&trial.proxy).1.len() {
+        trial.under_load(40, 10).await;
+        let proxy = &trial.proxy;
         let served = proxy.accepted();
-        let (number, channels) = of_newest();
+        let (number, channels) = of_newest(proxy);
         proxy.make(&mistake, number, channels[nth]);
         let closed = async || proxy.channels(number, CHANNEL_CLOSE) == [channels[nth]];
         until("the broker closes the channel", closed).await;
         until("both connections are made again", async || proxy.accepted() >= served + 2).await;
-        load.until_all_answered().await;
-        world.until_consuming().await;
+        trial.load.until_all_answered().await;
+        trial.world.until_consuming().await;
     }
-    world.finish_load(load).await;
+    trial.finish().await;
 }
 
 const MISTAKES: [Mistake; 2] = [Mistake::NotFound, Mistake::PreconditionFailed];
@@ -161,78 +244,59 @@ async fn a_publisher_whose_channel_the_broker_closes_is_rebuilt() {
     join_all(MISTAKES.map(|mistake| closed_channels(CONFIRM_SELECT_OK, mistake))).await;
 }
 
-const SHORT: Duration = Duration::from_secs(1);
-
-/// A world whose worker reaches the vendor through a proxy, with a limit on each request and a load to
-/// come.
-async fn behind_vendor_proxy(name: String, limit: Duration) -> (World, Proxy, Load) {
-    let mut world = World::without_worker().await;
-    let vendor = world.sandbox.base_url().strip_prefix("http://").unwrap().parse().unwrap();
-    let proxy = Proxy::to(vendor).await;
-    let load = Load::of(&world, name).await;
-    let url = format!("http://{}", proxy.address).parse().unwrap();
-    let change = |settings: &mut Settings| {
-        settings.elevenlabs_base_url = url;
-        settings.elevenlabs_connect_timeout = Duration::from_millis(500);
-        settings.elevenlabs_timeout = limit;
-        // What was stalled arrives when the hole is gone, and has to show in the list by then.
-        settings.settling_window = Duration::from_secs(1);
-        settings.broker.prefetch = 16;
-    };
-    world.start_worker(change).await;
-    (world, proxy, load)
-}
+const SHORT: &str = "1s";
 
 #[tokio::test]
 async fn a_slow_way_to_the_vendor_is_waited_for() {
-    let (world, proxy, mut load) =
-        behind_vendor_proxy("vendor, 200 ms each way".to_owned(), Duration::from_secs(10)).await;
-    for towards in BOTH {
-        proxy.delay(towards, Duration::from_millis(200));
-    }
-    load.publish(&world, 100).await;
-    load.until_all_answered().await;
-    assert_eq!(world.sandbox.requests().len(), 100, "nothing is asked twice");
-    world.finish_load(load).await;
+    let mut trial = Trial::of_vendor("vendor, 200 ms each way", "10s").await;
+    trial.delay(Duration::from_millis(200));
+    trial.publish(100).await;
+    trial.load.until_all_answered().await;
+    assert_eq!(trial.world.sandbox.requests().len(), WARM_UP + 100, "nothing is asked twice");
+    trial.finish().await;
 }
 
 #[tokio::test]
 async fn batches_of_a_vendor_whose_answers_all_come_too_late_are_found() {
-    let (world, proxy, mut load) =
-        behind_vendor_proxy("vendor, 700 ms each way".to_owned(), SHORT).await;
-    for towards in BOTH {
-        proxy.delay(towards, Duration::from_millis(700));
-    }
-    load.publish(&world, 40).await;
-    until("some batches are there", async || world.sandbox.batches().len() >= 5).await;
-    until("the worker looks for them", async || world.requests(Route::List) >= 5).await;
-    assert_eq!(world.requests(Route::Submit), world.sandbox.batches().len(), "none is sent again");
-    proxy.heal();
-    load.until_all_answered().await;
-    assert_eq!(world.requests(Route::Submit), 40, "none was sent again");
-    world.finish_load(load).await;
+    let mut trial = Trial::of_vendor("vendor, 700 ms each way", SHORT).await;
+    trial.delay(Duration::from_millis(700));
+    let looks = trial.world.requests(Route::List);
+    trial.publish(40).await;
+    until("some batches are there", async || trial.at_vendor().1 >= 5).await;
+    until("the worker looks for them", async || trial.world.requests(Route::List) >= looks + 5)
+        .await;
+    let (sent, batches) = trial.at_vendor();
+    assert_eq!(sent, batches, "none is sent again");
+    trial.proxy.heal();
+    trial.load.until_all_answered().await;
+    assert_eq!(trial.at_vendor().0, 40, "none was sent again");
+    trial.finish().await;
 }
 
 async fn silence_of_the_vendor(towards: Towards, hole: Hole) {
-    let (world, proxy, mut load) =
-        behind_vendor_proxy(format!("vendor, {towards:?} {hole:?}"), SHORT).await;
-    let slow = Effect::Latency(Duration::from_millis(100));
-    world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
-    load.publish(&world, 100).await;
-    load.until_answered(20).await;
-    let connections = proxy.accepted();
-    proxy.blackhole(towards, hole);
+    let mut trial = Trial::of_vendor(&format!("vendor, {towards:?} {hole:?}"), SHORT).await;
+    slow_down(&trial.world);
+    trial.under_load(100, 20).await;
+    let connections = trial.proxy.accepted();
+    trial.proxy.blackhole(towards, hole);
+    let proxy = &trial.proxy;
     until("some are given up, and looked for", async || proxy.accepted() >= connections + 8).await;
-    proxy.heal();
-    load.until_all_answered().await;
-    world.finish_load(load).await;
+    trial.proxy.heal();
+    trial.load.until_all_answered().await;
+    trial.finish().await;
 }
 
 #[tokio::test]
-async fn silence_between_worker_and_vendor_makes_no_second_batch() {
+async fn silence_from_the_vendor_makes_no_second_batch() {
     tokio::join!(
         silence_of_the_vendor(Towards::Client, Hole::Swallows),
         silence_of_the_vendor(Towards::Client, Hole::Stalls),
+    );
+}
+
+#[tokio::test]
+async fn silence_towards_the_vendor_makes_no_second_batch() {
+    tokio::join!(
         silence_of_the_vendor(Towards::Server, Hole::Swallows),
         silence_of_the_vendor(Towards::Server, Hole::Stalls),
     );
@@ -240,31 +304,34 @@ async fn silence_between_worker_and_vendor_makes_no_second_batch() {
 
 #[tokio::test]
 async fn cuts_between_worker_and_vendor_make_no_second_batch() {
-    let (world, proxy, mut load) = behind_vendor_proxy("vendor, five cuts".to_owned(), SHORT).await;
-    let slow = Effect::Latency(Duration::from_millis(100));
-    world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
+    let mut trial = Trial::of_vendor("vendor, five cuts", SHORT).await;
+    slow_down(&trial.world);
     for _ in 0..5 {
-        let sent = world.requests(Route::Submit);
-        load.publish(&world, 30).await;
-        until("some are at the vendor", async || world.requests(Route::Submit) > sent + 5).await;
-        proxy.cut();
+        let (sent, _) = trial.at_vendor();
+        trial.publish(30).await;
+        until("some are at the vendor", async || trial.at_vendor().0 > sent + 5).await;
+        trial.proxy.cut();
     }
-    load.until_all_answered().await;
-    world.finish_load(load).await;
+    trial.load.until_all_answered().await;
+    trial.finish().await;
 }
 
 /// Every connection breaks after so many bytes, from the first one on, until some have. How many
 /// submits had been sent by then, and how many batches there were.
 async fn vendor_cut_after(towards: Towards, limit: usize) -> (usize, usize) {
     let name = format!("vendor, {towards:?} cut after {limit} bytes");
-    let (world, proxy, mut load) = behind_vendor_proxy(name, SHORT).await;
-    proxy.cut_after(towards, limit);
-    load.publish(&world, 10).await;
-    until("submits are cut, and searches", async || proxy.broken() >= 15).await;
-    let came = (world.requests(Route::Submit), world.sandbox.batches().len());
-    proxy.heal();
-    load.until_all_answered().await;
-    world.finish_load(load).await;
+    let mut trial = Trial::of_vendor(&name, SHORT).await;
+    // None is left that has carried something.
+    trial.proxy.cut();
+    let port = trial.proxy.address.port();
+    until("none is kept", async || trial.worker.connections_to(port) == 0).await;
+    trial.proxy.cut_after(towards, limit);
+    trial.publish(10).await;
+    until("submits are cut, and searches", async || trial.proxy.broken() >= 15).await;
+    let came = trial.at_vendor();
+    trial.proxy.heal();
+    trial.load.until_all_answered().await;
+    trial.finish().await;
     came
 }
 
