@@ -134,8 +134,10 @@ pub async fn serve(
         }
         let mut waiting = Vec::new();
         let is_in_trouble = trouble.borrow().is_some();
-        let until = Instant::now() + if is_in_trouble { TRY_AGAIN } else { TRY_IDLE };
+        let try_at = Instant::now() + if is_in_trouble { TRY_AGAIN } else { TRY_IDLE };
+        let until = try_at.min(forget_at);
         let mut group = match timeout_at(until, requests.recv_many(&mut waiting, MAX_GROUP)).await {
+            Err(_) if until < try_at => continue,
             Err(_) => Group::trial(store.worker()),
             Ok(0) => return,
             Ok(_) => Group::new(waiting),

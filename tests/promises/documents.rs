@@ -91,3 +91,13 @@ fn every_file_that_a_document_names_is_there() {
         assert!(named > 3, "{document} names {named} files");
     }
 }
+
+#[test]
+fn every_test_that_the_fault_matrix_names_is_there() {
+    let text = read("docs/fault-matrix.md");
+    let names: Vec<_> = text.split('`').filter_map(|word| word.strip_suffix(".rs")).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in names.into_iter().filter(|name| !name.starts_with("tests/")) {
+        read(&format!("tests/promises/{name}.rs"));
+    }
+}

@@ -1,6 +1,7 @@
 //! While ElevenLabs cannot be used, commands wait in their queue; none fails, and cancels go first.
 
 use std::collections::HashMap;
+use std::net::TcpListener;
 use std::time::{Duration, Instant, SystemTime};
 
 use call_manager::domain::command::CommandKind;
@@ -9,6 +10,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 
 use crate::start::Process;
+use crate::support::proxy::Proxy;
 use crate::support::{Received, World, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
@@ -67,8 +69,29 @@ async fn an_outage_fails_nothing_and_what_waited_is_done_within_seconds_of_its_e
 }
 
 #[tokio::test]
+async fn a_vendor_that_nobody_can_connect_to_is_waited_for() {
+    let mut world = World::without_worker().await;
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let url = format!("http://{nobody}");
+    let elsewhere = [("ELEVENLABS_BASE_URL", url.as_str())];
+    let worker = crate::process::Process::consuming(&world, &world.ledger_url(), &elsewhere).await;
+    publish_submits(&world, 3).await;
+    until("it says so", async || {
+        worker.ready().await.1.contains("elevenlabs: no connection to ElevenLabs could be made")
+    })
+    .await;
+    let sandbox = world.sandbox.base_url().strip_prefix("http://").unwrap().parse().unwrap();
+    let _vendor = Proxy::at(nobody, sandbox).await;
+    let results = results(&mut world, 3).await;
+    assert!(results.values().all(|result| result.code() == "200"));
+    assert_eq!(world.requests(Route::Submit), 3);
+    worker.stop().await;
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn a_key_that_was_changed_fails_no_campaign_however_long_it_takes() {
-    let mut world = World::with(|settings| settings.retry_horizon = Duration::from_secs(1)).await;
+    let mut world = World::with(|settings| settings.retry_horizon = Duration::from_secs(8)).await;
     world.sandbox.order(Fault::on(Route::Any, status(401)).until_cleared());
     publish_submits(&world, 100).await;
     until_resting(&world).await;
@@ -78,11 +101,13 @@ async fn a_key_that_was_changed_fails_no_campaign_however_long_it_takes() {
     until("some of it comes back", async || world.queue(&retry).await.0 < 30).await;
     let sent = world.requests(Route::Submit);
     world.sandbox.clear_faults();
+    // What they waited for the key is not held against them.
+    world.sandbox.order(Fault::on(Route::Submit, status(429)).times(20));
     let results = results(&mut world, 100).await;
     let wrong: Vec<_> = results.values().filter(|result| result.code() != "200").collect();
     assert!(wrong.is_empty(), "{}", wrong[0].body);
     assert_eq!(world.sandbox.batches().len(), 100);
-    assert_eq!(world.requests(Route::Submit), sent + 100, "once each when the key is good");
+    assert_eq!(world.requests(Route::Submit), sent + 20 + 100, "once each when the key is good");
     world.finish().await;
 }
 
