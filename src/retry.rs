@@ -70,9 +70,9 @@ impl Schedule {
         self.before.saturating_add(self.started.elapsed())
     }
 
-    /// Of its policy.
-    pub fn horizon(&self) -> Option<Duration> {
-        self.policy.horizon
+    /// Of its policy; without one, for ever.
+    pub fn horizon(&self) -> Duration {
+        self.policy.horizon.unwrap_or(Duration::MAX)
     }
 
     /// How much is left of the horizon and `more`; without a horizon, for ever.

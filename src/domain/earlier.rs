@@ -80,25 +80,18 @@ impl Earlier {
         left.unwrap_or_default()
     }
 
-    /// The same after another time in hand that ended without an answer.
-    #[must_use]
-    pub fn after(&self, wait: Duration, attempts: u32, in_doubt: bool) -> Self {
+    /// Of a command that ended a time in hand without an answer, is `age` old by now, and is not to
+    /// be called for before `wait` is over.
+    pub fn deferred(age: Duration, wait: Duration, attempts: u32, in_doubt: bool) -> Self {
+        let now = SystemTime::now();
         Self {
-            first_seen: self.first_seen.or(Some(SystemTime::now())),
-            retry_at: SystemTime::now().checked_add(wait).filter(|_| !wait.is_zero()),
+            first_seen: now.checked_sub(age).or(Some(now)),
+            retry_at: now.checked_add(wait).filter(|_| !wait.is_zero()),
             attempts,
             in_doubt,
             // It came to its end without taking the worker along.
             deliveries: 0,
         }
-    }
-
-    /// The same, but not first seen longer ago than `oldest`, where there is such a limit.
-    #[must_use]
-    pub fn no_older_than(mut self, oldest: Option<Duration>) -> Self {
-        let limit = oldest.and_then(|oldest| SystemTime::now().checked_sub(oldest));
-        self.first_seen = self.first_seen.max(limit);
-        self
     }
 
     /// The same, set aside before it was begun because it came back `deliveries` times.
@@ -143,22 +136,14 @@ mod tests {
     }
 
     #[test]
-    fn it_is_no_older_than_the_limit_where_there_is_one() {
-        let ago = |seconds| SystemTime::now().checked_sub(Duration::from_secs(seconds));
-        let earlier = |seconds| Earlier { first_seen: ago(seconds), ..Earlier::default() };
-        let age = |seconds, limit| earlier(seconds).no_older_than(limit).age().as_secs();
-        let limit = Some(Duration::from_secs(450));
-        assert_eq!([age(900, limit), age(100, limit), age(900, None)], [450, 100, 900]);
-    }
-
-    #[test]
-    fn the_first_time_is_kept_and_a_time_in_hand_that_ended_well_clears_the_suspicion() {
-        let first = Earlier::default().set_aside(5);
-        assert_eq!(first.deliveries, 5);
-        let then = first.after(Duration::ZERO, 2, true);
-        assert_eq!((then.first_seen, then.retry_at), (first.first_seen, None));
+    fn the_age_is_kept_and_a_time_in_hand_that_ended_well_clears_the_suspicion() {
+        let minute = Duration::from_secs(60);
+        let first = Earlier::deferred(minute, Duration::ZERO, 2, true).set_aside(5);
+        assert_eq!((first.age().as_secs(), first.deliveries), (60, 5));
+        let then = Earlier::deferred(first.age(), Duration::ZERO, 2, true);
+        assert_eq!((then.age().as_secs(), then.retry_at), (60, None));
         assert_eq!((then.attempts, then.in_doubt, then.deliveries), (2, true, 0));
-        let asked = then.after(Duration::from_secs(60), 3, true).asked_to_wait();
-        assert!(asked > Duration::from_secs(50), "{asked:?}");
+        let asked = Earlier::deferred(minute, minute, 3, true).asked_to_wait();
+        assert!(asked > minute * 5 / 6, "{asked:?}");
     }
 }

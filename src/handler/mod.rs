@@ -198,13 +198,13 @@ impl Handler {
                     Attempts::Ended(Err(error)) => outcome::not_done(kind, &error, tried),
                     Attempts::GivenUp(reason) => outcome::given_up(kind, &reason, tried),
                     Attempts::Expired => outcome::too_late(kind, tried),
-                    Attempts::Deferred(deferral) => return deferred(&message, deferral, tried),
+                    Attempts::Deferred(deferral) => return deferred(deferral, tried),
                     // To read or to cancel twice is harmless.
                     Attempts::Stopped => return Handled::GivenBack,
                 }
             }
             Looked::Nothing(outcome) => outcome,
-            Looked::Deferred(deferral) => return deferred(&message, deferral, tried),
+            Looked::Deferred(deferral) => return deferred(deferral, tried),
             Looked::Stopped => return Handled::GivenBack,
         };
         let ending = Ending { attempts: tried.attempts, outcome };
@@ -445,8 +445,8 @@ fn answered(message: &CommandMessage, command_id: &str, of: ResultOf, ending: En
     Handled::Answered(Arc::new(ResultEvent::new(message, command_id, of, ending)))
 }
 
-fn deferred(message: &CommandMessage, deferral: Deferral, tried: Tried) -> Handled {
-    let Deferral { wait, asked, oldest } = deferral;
-    let earlier = message.earlier.after(asked, tried.attempts, tried.in_doubt);
-    Handled::Deferred { wait, earlier: earlier.no_older_than(oldest) }
+fn deferred(deferral: Deferral, tried: Tried) -> Handled {
+    let Deferral { wait, asked, age } = deferral;
+    let earlier = Earlier::deferred(age, asked, tried.attempts, tried.in_doubt);
+    Handled::Deferred { wait, earlier }
 }

@@ -114,7 +114,7 @@ impl Handler {
         let later = |turn: &Turn| {
             let earlier = turn.earlier();
             let tried = Tried { attempts: earlier.attempts, in_doubt: earlier.in_doubt };
-            deferred(message, turn.patient_deferral(earlier.asked_to_wait()), tried)
+            deferred(turn.patient_deferral(earlier.asked_to_wait()), tried)
         };
         loop {
             crash::point(1);
@@ -166,7 +166,7 @@ impl Handler {
                     return answered(message, command_id, ResultOf::Command, ending);
                 }
                 Executed::TakenOver => {}
-                Executed::Deferred(deferral, tried) => return deferred(message, deferral, tried),
+                Executed::Deferred(deferral, tried) => return deferred(deferral, tried),
                 Executed::LetGo => return Handled::GivenBack,
             }
         }

@@ -62,8 +62,8 @@ pub struct Deferral {
     pub wait: Duration,
     /// The vendor asks not to be called before.
     pub asked: Duration,
-    /// It counts as no older than this.
-    pub oldest: Option<Duration>,
+    /// How long it has been retried by now, as it counts for the horizon.
+    pub age: Duration,
 }
 
 impl Turn {
@@ -164,17 +164,17 @@ impl Turn {
     pub fn deferral(&self, asked: Duration) -> Deferral {
         let left = self.remaining(Duration::ZERO);
         let left = if left.is_zero() { Duration::MAX } else { left };
-        let wait = (self.schedule.age() / 4).min(left).max(SHORTEST_DELAY).max(asked);
-        Deferral { wait, asked, oldest: None }
+        let age = self.schedule.age();
+        let wait = (age / 4).min(left).max(SHORTEST_DELAY).max(asked);
+        Deferral { wait, asked, age }
     }
 
     /// The same where it waits for a person or for the ledger: half of the horizon is left for what
     /// comes then.
     pub fn patient_deferral(&self, asked: Duration) -> Deferral {
-        Deferral {
-            oldest: self.schedule.horizon().map(|horizon| horizon / 2),
-            ..self.deferral(asked)
-        }
+        let deferral = self.deferral(asked);
+        let age = deferral.age.min(self.schedule.horizon() / 2);
+        Deferral { age, ..deferral }
     }
 }
 
@@ -233,8 +233,8 @@ mod tests {
     #[test]
     fn what_waits_for_a_key_waits_past_every_horizon() {
         let may = turn(seen(90_000)).may_call(CommandKind::Submit, &open(401, None));
-        let half = Some(Duration::from_secs(450));
-        assert!(matches!(may, Break(Clearance::Defer(d)) if d.oldest == half), "{may:?}");
+        let half = Duration::from_secs(450);
+        assert!(matches!(may, Break(Clearance::Defer(d)) if d.age == half), "{may:?}");
     }
 
     #[test]

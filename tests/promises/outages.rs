@@ -93,7 +93,8 @@ async fn a_vendor_that_nobody_can_connect_to_is_waited_for() {
 async fn a_key_that_was_changed_fails_no_campaign_however_long_it_takes() {
     let mut world = World::with(|settings| settings.retry_horizon = Duration::from_secs(8)).await;
     world.sandbox.order(Fault::on(Route::Any, status(401)).until_cleared());
-    publish_submits(&world, 100).await;
+    // As many as are in hand at a time: each of them has waited.
+    publish_submits(&world, 60).await;
     until_resting(&world).await;
     // Past the horizon and the time in hand: into a delay queue and out of it again.
     let retry = world.topology.delay(call_manager::broker::Delay::Short);
@@ -102,12 +103,12 @@ async fn a_key_that_was_changed_fails_no_campaign_however_long_it_takes() {
     let sent = world.requests(Route::Submit);
     world.sandbox.clear_faults();
     // What they waited for the key is not held against them.
-    world.sandbox.order(Fault::on(Route::Submit, status(429)).times(20));
-    let results = results(&mut world, 100).await;
+    world.sandbox.order(Fault::on(Route::Submit, status(429)).times(10));
+    let results = results(&mut world, 60).await;
     let wrong: Vec<_> = results.values().filter(|result| result.code() != "200").collect();
     assert!(wrong.is_empty(), "{}", wrong[0].body);
-    assert_eq!(world.sandbox.batches().len(), 100);
-    assert_eq!(world.requests(Route::Submit), sent + 20 + 100, "once each when the key is good");
+    assert_eq!(world.sandbox.batches().len(), 60);
+    assert_eq!(world.requests(Route::Submit), sent + 10 + 60, "once each when the key is good");
     world.finish().await;
 }
 
