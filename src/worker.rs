@@ -130,8 +130,8 @@ impl Worker {
                     worked_once = true;
                     let since = Instant::now();
                     info!(prefetch = self.broker.prefetch, "consuming");
-                    readiness.good(Part::Broker);
                     readiness.wrong(Part::Publisher, "no message is confirmed yet");
+                    readiness.good(Part::Broker);
                     let Some(reason) = self.serve(generation, &stop).await else {
                         return Ok(());
                     };
@@ -185,6 +185,7 @@ impl Worker {
         let reason = reasons.into_iter().flatten().next();
         if reason.is_none() && !lost.is_cancelled() {
             self.drain().await;
+            generation.flush().await;
             generation.close().await;
             return None;
         }

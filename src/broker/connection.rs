@@ -95,6 +95,16 @@ impl Generation {
         (&mut self.lanes, PublishingEvents { events, publisher }, &self.pulse)
     }
 
+    /// Waits, within a limit, until the broker has every acknowledgement.
+    pub async fn flush(&mut self) {
+        let all = try_join_all(self.lanes.iter().map(Lane::flush));
+        match timeout(CALL_LIMIT, all).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => debug!(%error, "the last acknowledgements may be lost"),
+            Err(_) => debug!("the broker is silent about the last acknowledgements"),
+        }
+    }
+
     /// Closes both connections, within a limit; what is unacknowledged returns to its queue.
     pub async fn close(self) {
         let both = async {

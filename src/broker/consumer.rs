@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use futures_util::StreamExt as _;
 use lapin::message::Delivery as Received;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions};
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, QueueDeclareOptions,
+};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer};
 use tokio::time::timeout;
@@ -28,6 +30,7 @@ pub struct Lane {
     pub kind: CommandKind,
     channel: Channel,
     queue: String,
+    retry: String,
     /// Of the command queue; `None` while the lane rests.
     fresh: Option<Consumer>,
     /// Of the retry queue: what was deferred comes back whether or not fresh commands are taken.
@@ -45,7 +48,7 @@ impl Lane {
         let (queue, retry) = (topology.queue(kind), topology.retry_queue(kind));
         let returned = consume(&channel, &retry).await?;
         let fresh = if takes_fresh { Some(consume(&channel, &queue).await?) } else { None };
-        Ok(Self { kind, channel, queue, fresh, returned })
+        Ok(Self { kind, channel, queue, retry, fresh, returned })
     }
 
     /// The next delivery; `Err` says why there will be none any more.
@@ -101,6 +104,20 @@ impl Lane {
         self.rest().await.ok();
         let returned = self.returned.clone();
         self.give_up(returned).await.ok();
+    }
+
+    /// Waits until the broker has all that was acknowledged. A quorum queue that is behind leaves some of
+    /// it with the channel, and what is there when the channel closes is lost: delivered again.
+    pub(super) async fn flush(&self) -> lapin::Result<()> {
+        // When the first answer comes, the queue has caught up and gets the rest; when the second
+        // does, it has it.
+        for queue in [&self.queue, &self.retry, &self.queue, &self.retry] {
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            self.channel
+                .queue_declare(queue.as_str().into(), passive, FieldTable::default())
+                .await?;
+        }
+        Ok(())
     }
 
     async fn give_up(&self, mut consumer: Consumer) -> Result<(), String> {
