@@ -18,7 +18,7 @@ pub enum Part {
     Worker,
     /// Connected, and each queue has its consumer.
     Broker,
-    /// Results are taken and confirmed: no memory or disk alarm.
+    /// Results are taken and confirmed: no memory or disk alarm, no full queue.
     Publisher,
     /// It can be written.
     Ledger,

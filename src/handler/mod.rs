@@ -314,8 +314,9 @@ impl Handler {
                 return Looked::Nothing(outcome::too_late(kind, tried));
             }
             let found = self.ledger.find(&submit_id, strike).await;
+            let is_away = found.is_err();
             // One is enough, and each is a write.
-            strike &= found.is_err();
+            strike &= is_away;
             match found {
                 Ok(Found::Nobody) => {
                     return Looked::Nothing(outcome::nothing_begun(kind, &submit_id));
@@ -334,7 +335,11 @@ impl Handler {
             }
             let left = turn.left_in_hand().min(turn.remaining(Duration::ZERO));
             if left.is_zero() {
-                return Looked::Deferred(turn.deferral(Duration::ZERO));
+                return Looked::Deferred(if is_away {
+                    turn.patient_deferral(Duration::ZERO)
+                } else {
+                    turn.deferral(Duration::ZERO)
+                });
             }
             tokio::select! {
                 () = tokio::time::sleep(pace.next_wait(None).unwrap_or_default().min(left)) => {}

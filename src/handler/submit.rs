@@ -10,6 +10,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::crash;
+use crate::domain::Earlier;
 use crate::domain::command::{CommandKind, CommandMessage};
 use crate::domain::result::{Ending, Outcome, ResultOf};
 use crate::elevenlabs::{Answer, Class, Error, Lost, SubmitRequest};
@@ -109,13 +110,8 @@ impl Handler {
         stopping: &Stopping,
     ) -> Handled {
         let mut pace = CLAIMING.start();
-        // Of a copy that another has in hand, and where the ledger cannot be read: there is no
-        // horizon, because nothing could be answered that is known to be true.
-        let later = |turn: &Turn| {
-            let earlier = turn.earlier();
-            let tried = Tried { attempts: earlier.attempts, in_doubt: earlier.in_doubt };
-            deferred(turn.patient_deferral(earlier.asked_to_wait()), tried)
-        };
+        // It is not executed, so what is held against it stands.
+        let held = |turn: &Turn| not_begun(Turn::deferral, turn, message.came_back());
         loop {
             crash::point(1);
             let left = turn.left_in_hand();
@@ -125,7 +121,7 @@ impl Handler {
                     match wait_for_ledger(&mut pace, left, command_id, &error, &stopping.soon).await
                     {
                         Waited::TryAgain => continue,
-                        Waited::TooLong => return later(&turn),
+                        Waited::TooLong => return not_begun(Turn::patient_deferral, &turn, 0),
                         Waited::Stopped => return Handled::GivenBack,
                     }
                 }
@@ -133,11 +129,11 @@ impl Handler {
             let (lease, before) = match claim {
                 Claim::Fresh(lease) => (lease, None),
                 Claim::Abandoned(lease, history) => (lease, Some(history)),
-                Claim::Held(_) if left.is_zero() => return later(&turn),
-                Claim::Held(held) => {
+                Claim::Held(_) if left.is_zero() => return held(&turn),
+                Claim::Held(holder) => {
                     tokio::select! {
-                        () = held.freed(LOOK_AGAIN) => continue,
-                        () = tokio::time::sleep(left) => return later(&turn),
+                        () = holder.freed(LOOK_AGAIN) => continue,
+                        () = tokio::time::sleep(left) => return held(&turn),
                         () = stopping.soon.cancelled() => return Handled::GivenBack,
                     }
                 }
@@ -428,6 +424,19 @@ impl Execution<'_> {
             warn!(command_id, error = chain(&error), "the lease has to run out by itself");
         }
     }
+}
+
+/// Of a submit that this task has not begun. It has no horizon, because nothing could be answered that
+/// is known to be true.
+fn not_begun(
+    deferral: impl Fn(&Turn, Duration) -> Deferral,
+    turn: &Turn,
+    came_back: u32,
+) -> Handled {
+    let earlier = turn.earlier();
+    let Deferral { wait, asked, age } = deferral(turn, earlier.asked_to_wait());
+    let earlier = Earlier::deferred(age, asked, earlier.attempts, earlier.in_doubt);
+    Handled::Deferred { wait, earlier: earlier.set_aside(came_back) }
 }
 
 /// Waits a moment for a ledger that cannot be used, `limit` at most.

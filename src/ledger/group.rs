@@ -87,6 +87,7 @@ impl Group {
 
     fn answer(self, committed: Result<(), StoreError>, trouble: &watch::Sender<Option<String>>) {
         let said = committed.as_ref().err().map(|error| chain(error));
+        let is_news = *trouble.borrow() != said;
         trouble.send_if_modified(|before| {
             let changed = before.is_some() != said.is_some();
             *before = said;
@@ -100,7 +101,10 @@ impl Group {
                 }
             }
             Err(error) => {
-                warn!(error = chain(&error), "the ledger cannot be written");
+                // It is tried every second.
+                if is_news {
+                    warn!(error = chain(&error), "the ledger cannot be written");
+                }
                 let error = Unavailable::from(error);
                 for request in self.requests {
                     request.reply.send(Err(error.clone())).ok();

@@ -21,12 +21,12 @@ use crate::telemetry::chain;
 use super::suspects::Verdict;
 use super::{Link, Shared};
 
-/// How fast to publish again what a full queue refused, and for how long: the broker takes back what is
-/// held for 30 minutes.
+/// How fast to publish again what a full queue refused, and for how long: a submit may have been in hand
+/// for 27 minutes, and the broker takes it back after 30.
 const REPUBLISH: Policy = Policy {
     initial: Duration::from_millis(100),
     max: Duration::from_secs(5),
-    horizon: Some(Duration::from_secs(10 * 60)),
+    horizon: Some(Duration::from_secs(2 * 60)),
 };
 
 /// How long a suspect waits before it is executed: what was delivered along with it is out of this worker's
@@ -155,8 +155,8 @@ async fn defer(
     );
 }
 
-/// Publishes until the broker takes it, or the generation ends: a full queue is no reason to lose all
-/// that is in hand.
+/// Publishes until the broker takes it, the generation ends, or it is held for too long: a full queue
+/// is no reason to lose at once all that is in hand.
 async fn unrefused<F>(link: &Link, publish: impl Fn() -> F) -> Result<(), PublishError>
 where
     F: Future<Output = Result<(), PublishError>>,
@@ -172,13 +172,13 @@ where
             }
             other => return other,
         };
-        was_refused = true;
-        warn!(%error, "trying again");
-        link.readiness.wrong(Part::Publisher, error.to_string());
         // A stop alone is no reason: unpublished, the command would be executed again.
         if link.stopping.now.is_cancelled() || link.lost.is_cancelled() {
             return Err(error);
         }
+        was_refused = true;
+        warn!(%error, "trying again");
+        link.readiness.wrong(Part::Publisher, error.to_string());
         let Some(wait) = pace.next_wait(None) else { return Err(error) };
         tokio::select! {
             () = tokio::time::sleep(wait) => {}

@@ -1,7 +1,7 @@
 //! What executes commands, without a broker: where what is tried does not last long enough for one.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use call_manager::domain::Earlier;
 use call_manager::domain::command::{CommandKind, CommandMessage};
@@ -10,7 +10,7 @@ use call_manager::elevenlabs::Error;
 use call_manager::handler::{Handled, Handler, Stopping, Timing};
 use call_manager::ledger::{Found, Ledger, Location, Settings};
 use call_manager::retry::Policy;
-use elevenlabs_sandbox::Route;
+use elevenlabs_sandbox::{Effect, Fault, Route};
 
 use crate::ledger::MONTH;
 use crate::support::vendor::Vendor;
@@ -21,8 +21,8 @@ const TIMING: Timing = Timing {
     settling_window: LIMIT,
 };
 
-fn submit(id: &str) -> Arc<CommandMessage> {
-    Arc::new(CommandMessage {
+fn submit(id: &str) -> CommandMessage {
+    CommandMessage {
         queue: CommandKind::Submit,
         routing_key: Some(CommandKind::Submit.routing_key()),
         message_id: Some(id.to_owned()),
@@ -36,35 +36,77 @@ fn submit(id: &str) -> Arc<CommandMessage> {
         redeliveries: 0,
         earlier: Earlier::default(),
         body: submit_body().to_string().into_bytes(),
-    })
+    }
+}
+
+struct Trial {
+    vendor: Vendor,
+    ledger: Ledger,
+    handler: Handler,
+}
+
+impl Trial {
+    async fn start() -> Self {
+        let vendor = Vendor::start().await;
+        let settings =
+            Settings { location: Location::Memory, retention: MONTH, longest_request: LIMIT };
+        let ledger = Ledger::open(settings).await.unwrap();
+        let handler = Handler::new(vendor.client.clone(), ledger.clone(), TIMING);
+        Self { vendor, ledger, handler }
+    }
+
+    async fn until_claimed(&self, id: &str) {
+        until("it is claimed", async || {
+            matches!(self.ledger.find(id, false).await, Ok(Found::InHand))
+        })
+        .await;
+    }
+}
+
+/// A copy that another has in hand is not executed, and so not cleared of having come back.
+#[tokio::test]
+async fn a_copy_that_waits_for_the_other_one_keeps_its_count() {
+    let trial = Trial::start().await;
+    let slow = Effect::Latency(Duration::from_secs(1));
+    trial.vendor.sandbox.order(Fault::on(Route::Submit, slow));
+    let first_seen = SystemTime::now().checked_sub(Duration::from_secs(5));
+    let earlier = Earlier { first_seen, deliveries: 3, ..Earlier::default() };
+    let copy = Arc::new(CommandMessage { redeliveries: 2, earlier, ..submit("m") });
+    let stopping = Stopping::default();
+    let copied = async {
+        trial.until_claimed("m").await;
+        trial.handler.handle(copy, &stopping).await
+    };
+    let first = trial.handler.handle(Arc::new(submit("m")), &stopping);
+    let (Handled::Answered(_), Handled::Deferred { earlier, .. }) = tokio::join!(first, copied)
+    else {
+        panic!("the one has a result and the other waits");
+    };
+    assert_eq!(earlier.deliveries, 5);
+    assert!(earlier.age() >= Duration::from_secs(5), "{earlier:?}");
 }
 
 /// A cancel that comes while a claimed submit waits, in hand, for ElevenLabs to be used again.
 #[tokio::test]
 async fn a_submit_that_is_cancelled_while_it_waits_for_elevenlabs_is_not_sent() {
-    let vendor = Vendor::start().await;
-    let breaker = vendor.client.breaker();
+    let trial = Trial::start().await;
+    let breaker = trial.vendor.client.breaker();
     let (message, retry_after, request_id) = ("Later.".into(), None, None);
     breaker.open(&Error::RateLimited { message, retry_after, request_id });
-    let settings =
-        Settings { location: Location::Memory, retention: MONTH, longest_request: LIMIT };
-    let ledger = Ledger::open(settings).await.unwrap();
-    let handler = Handler::new(vendor.client.clone(), ledger.clone(), TIMING);
-
-    let stopping = Stopping::default();
     let cancelled = async {
-        until("it is claimed", async || matches!(ledger.find("m", false).await, Ok(Found::InHand)))
-            .await;
-        assert!(matches!(ledger.find("m", true).await, Ok(Found::InHand)), "it waits");
+        trial.until_claimed("m").await;
+        assert!(matches!(trial.ledger.find("m", true).await, Ok(Found::InHand)), "it waits");
         // What was claimed a moment ago would be sent, and the cancel find its batch.
         let struck = Instant::now();
         until("it has waited", async || struck.elapsed() > Duration::from_secs(2)).await;
-        assert_eq!(vendor.requests(Route::Submit), 0, "it waits");
+        assert_eq!(trial.vendor.requests(Route::Submit), 0, "it waits");
         breaker.half_open();
         breaker.close();
     };
-    let (end, ()) = tokio::join!(handler.handle(submit("m"), &stopping), cancelled);
+    let stopping = Stopping::default();
+    let handling = trial.handler.handle(Arc::new(submit("m")), &stopping);
+    let (end, ()) = tokio::join!(handling, cancelled);
     let Handled::Answered(event) = end else { panic!("it has a result") };
     assert_eq!(event.error_code(), Some(ErrorCode::CancelledBeforeSubmit));
-    assert_eq!(vendor.requests(Route::Submit), 0);
+    assert_eq!(trial.vendor.requests(Route::Submit), 0);
 }

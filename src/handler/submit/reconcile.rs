@@ -84,6 +84,7 @@ impl Execution<'_> {
                 && error.class() == Class::Unauthorized
                 && matches!(self.handler.key().await, Key::Refused)
             {
+                (settling, looks) = (None, 0);
                 continue;
             }
             let pause = match looked {
@@ -103,7 +104,8 @@ impl Execution<'_> {
                     (window / 3).min(left).max(SHORTEST_PAUSE)
                 }
                 failed => {
-                    (settling, looks) = (None, 0);
+                    let had_begun = settling.take().is_some();
+                    looks = 0;
                     let (said, cause, asked) = match &failed {
                         Ok(Err(error)) => (error.to_string(), chain(&**error), error.retry_after()),
                         _ => ("it took too long".to_owned(), "too slow".to_owned(), None),
@@ -117,7 +119,9 @@ impl Execution<'_> {
                     let pause = pace.next_wait(None).unwrap_or(left).max(asked).min(left);
                     let wait_ms = pause.as_millis();
                     info!(command_id, wait_ms, error = cause, "cannot look; will try again");
-                    if pause > self.turn.left_in_hand().max(SHORTEST_DELAY) {
+                    // A window that has to begin again is not in hand together with the one before.
+                    let in_hand = self.turn.left_in_hand();
+                    if pause > in_hand.max(SHORTEST_DELAY) || had_begun && in_hand.is_zero() {
                         return Reconciled::Deferred(self.turn.deferral(asked));
                     }
                     pause
