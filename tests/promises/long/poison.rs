@@ -49,6 +49,7 @@ async fn poison_is_dead_lettered_with_a_reason_and_takes_no_other_command_along(
         let result = world.next_result().await;
         results.insert(result.command_id(), result);
     }
+    world.until_nothing_waits().await;
     let poison = results.remove("poison").unwrap();
     assert_eq!(poison.code(), "500 poison_message");
     assert!(poison.error().contains("Nothing was sent to ElevenLabs"), "{}", poison.error());

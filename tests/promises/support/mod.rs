@@ -226,6 +226,21 @@ impl World {
         .await;
     }
 
+    /// Waits until no command lies in any queue: also a copy that is there because a worker was killed
+    /// between a deferral and its ack has come back by then.
+    pub async fn until_nothing_waits(&self) {
+        let kept = [self.topology.unrouted(), self.topology.dead_letter()];
+        until("no command waits", async || {
+            for name in self.topology.queue_names().iter().filter(|name| !kept.contains(name)) {
+                if self.queue(name).await.0 > 0 {
+                    return false;
+                }
+            }
+            true
+        })
+        .await;
+    }
+
     pub async fn stop_worker(&mut self) {
         let running = self.worker.take().expect("a worker runs");
         running.stop.cancel();
