@@ -174,7 +174,7 @@ impl Worker {
             let mut receiving = pin!(join_all(lanes));
             tokio::select! {
                 reasons = &mut receiving => reasons,
-                reason = self.supervise(&mut events, pulse) => {
+                reason = self.supervise(&mut events, pulse, &link.publisher) => {
                     lost.cancel();
                     receiving.await;
                     vec![Some(reason)]
@@ -197,23 +197,30 @@ impl Worker {
     }
 
     /// Watches over one generation until it is lost; returns why.
-    async fn supervise(&self, events: &mut PublishingEvents<'_>, pulse: &Pulse) -> String {
+    async fn supervise(
+        &self,
+        events: &mut PublishingEvents<'_>,
+        pulse: &Pulse,
+        publisher: &Publisher,
+    ) -> String {
         tokio::select! {
             reason = self.watch(events) => reason,
-            reason = self.ask(pulse) => reason,
+            reason = self.ask(pulse, publisher) => reason,
             reason = self.let_cancels_through(pulse) => reason,
         }
     }
 
     /// Asks now and then, since nothing tells of a consumer that is not there any more, and not
     /// always of a connection.
-    async fn ask(&self, pulse: &Pulse) -> String {
+    async fn ask(&self, pulse: &Pulse, publisher: &Publisher) -> String {
         let intake = self.shared.intake();
         let mut unconsumed = Vec::new();
         if let Err(reason) = pulse.publish().await {
             return reason;
         }
-        self.shared.readiness.good(Part::Publisher);
+        if !publisher.is_blocked() {
+            self.shared.readiness.good(Part::Publisher);
+        }
         loop {
             tokio::time::sleep(PULSE).await;
             match pulse.check(|kind| intake.takes(kind)).await {

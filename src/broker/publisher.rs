@@ -112,6 +112,11 @@ impl Publisher {
         self.connection.status().connected()
     }
 
+    /// A memory or disk alarm: what was published before the broker noticed is confirmed all the same.
+    pub fn is_blocked(&self) -> bool {
+        self.connection.status().blocked()
+    }
+
     /// Waits up to the confirm limit, or [`ALARM_LIMIT`] while the broker says that it is blocked:
     /// to give up would deliver the command again and again, until it is dead-lettered.
     async fn patiently(
@@ -123,7 +128,7 @@ impl Publisher {
         let mut was_blocked = false;
         loop {
             let ended = timeout(CONFIRM_LIMIT, &mut confirm).await;
-            let blocked = self.connection.status().blocked();
+            let blocked = self.is_blocked();
             // One more limit after the alarm: what waited for it has only just left.
             if ended.is_ok() || !(blocked || was_blocked) || since.elapsed() >= ALARM_LIMIT {
                 return match ended.map_err(|_| PublishError::Silent)?? {

@@ -166,7 +166,7 @@ where
     loop {
         let error = match publish().await {
             Err(error @ PublishError::Refused) => error,
-            Ok(()) if was_refused => {
+            Ok(()) if was_refused && !link.publisher.is_blocked() => {
                 link.readiness.good(Part::Publisher);
                 return Ok(());
             }
