@@ -23,11 +23,8 @@ use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions,
     ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
-use lapin::protocol::{AMQPErrorKind, AMQPHardError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer, ErrorKind,
-};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -54,25 +51,6 @@ async fn connect_to(url: &str) -> Connection {
         .await
         .expect("the broker answers in time")
         .expect("a RabbitMQ answers at AMQP_URL: run the tests with script/test, which sees to one")
-}
-
-/// A connection by which the topology is declared, by the one who knows how: what a worker declares
-/// is a part of what is tested.
-async fn declared(url: &str, topology: &Topology) -> Connection {
-    let internal = AMQPErrorKind::Hard(AMQPHardError::INTERNALERROR);
-    let connection = connect_to(url).await;
-    match topology.declare(&connection).await {
-        Ok(()) => connection,
-        // A busy RabbitMQ 3.10 may, and a worker would connect again, too.
-        Err(error) if matches!(error.kind(), ErrorKind::ProtocolError(why) if *why.kind() == internal) =>
-        {
-            eprintln!("declared once more: {error}");
-            let connection = connect_to(url).await;
-            topology.declare(&connection).await.unwrap();
-            connection
-        }
-        Err(error) => panic!("the topology cannot be declared: {error}"),
-    }
 }
 
 pub struct World {
@@ -135,9 +113,11 @@ impl World {
         let sandbox = Sandbox::start(options).await.unwrap();
         let prefix = format!("test-{}", Uuid::now_v7());
         let topology = Topology::new(&prefix);
-        let connection = declared(&url, &topology).await;
+        let connection = connect_to(&url).await;
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        // Declared by the one who knows how: what a worker declares is a part of what is tested.
+        topology.declare(&connection).await.unwrap();
         let exchange = topology.results_exchange();
         let kept = keep.then(|| format!("{prefix}.listener"));
         let results = match &kept {
