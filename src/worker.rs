@@ -79,6 +79,15 @@ struct Link {
     readiness: Readiness,
 }
 
+impl Link {
+    /// A message was confirmed: that the publisher works, but for an alarm, which has its own end.
+    fn note_confirm(&self) {
+        if !self.publisher.is_blocked() {
+            self.readiness.good(Part::Publisher);
+        }
+    }
+}
+
 impl Worker {
     /// A worker that gives commands in hand up to `grace` to finish when it is stopped.
     pub fn new(
@@ -174,7 +183,7 @@ impl Worker {
             let mut receiving = pin!(join_all(lanes));
             tokio::select! {
                 reasons = &mut receiving => reasons,
-                reason = self.supervise(&mut events, pulse, &link.publisher) => {
+                reason = self.supervise(&mut events, pulse, &link) => {
                     lost.cancel();
                     receiving.await;
                     vec![Some(reason)]
@@ -201,26 +210,24 @@ impl Worker {
         &self,
         events: &mut PublishingEvents<'_>,
         pulse: &Pulse,
-        publisher: &Publisher,
+        link: &Link,
     ) -> String {
         tokio::select! {
             reason = self.watch(events) => reason,
-            reason = self.ask(pulse, publisher) => reason,
+            reason = self.ask(pulse, link) => reason,
             reason = self.let_cancels_through(pulse) => reason,
         }
     }
 
     /// Asks now and then, since nothing tells of a consumer that is not there any more, and not
     /// always of a connection.
-    async fn ask(&self, pulse: &Pulse, publisher: &Publisher) -> String {
+    async fn ask(&self, pulse: &Pulse, link: &Link) -> String {
         let intake = self.shared.intake();
         let mut unconsumed = Vec::new();
         if let Err(reason) = pulse.publish().await {
             return reason;
         }
-        if !publisher.is_blocked() {
-            self.shared.readiness.good(Part::Publisher);
-        }
+        link.note_confirm();
         loop {
             tokio::time::sleep(PULSE).await;
             match pulse.check(|kind| intake.takes(kind)).await {

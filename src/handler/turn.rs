@@ -125,26 +125,21 @@ impl Turn {
         if vendor.lets_through(kind) {
             return Break(Clearance::Call);
         }
-        let waits_for_the_key = matches!(vendor, State::Open(outage) if outage.is_about_the_key());
-        let wait = match vendor {
-            State::Closed | State::HalfOpen => in_hand,
+        let deferral = self.deferral(Duration::ZERO);
+        let (wait, deferral) = match vendor {
+            State::Closed | State::HalfOpen => (in_hand, deferral),
             // Nobody's campaign fails because somebody changed a key.
-            State::Open(_) if waits_for_the_key => in_hand,
+            State::Open(outage) if outage.is_about_the_key() => {
+                (in_hand, self.patient_deferral(Duration::ZERO))
+            }
             State::Open(outage) if left.is_zero() && !outage.asks_for().is_zero() => {
                 return Break(Clearance::NoMore(outage.reason.clone()));
             }
             // Nothing is given up without a last attempt of its own.
             State::Open(_) if left.is_zero() => return Break(Clearance::Call),
-            State::Open(_) => in_hand.min(left),
+            State::Open(_) => (in_hand.min(left), deferral),
         };
-        if !wait.is_zero() {
-            return Continue(wait);
-        }
-        Break(Clearance::Defer(if waits_for_the_key {
-            self.patient_deferral(Duration::ZERO)
-        } else {
-            self.deferral(Duration::ZERO)
-        }))
+        if wait.is_zero() { Break(Clearance::Defer(deferral)) } else { Continue(wait) }
     }
 
     /// After an attempt that has to be repeated.

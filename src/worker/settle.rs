@@ -166,8 +166,8 @@ where
     loop {
         let error = match publish().await {
             Err(error @ PublishError::Refused) => error,
-            Ok(()) if was_refused && !link.publisher.is_blocked() => {
-                link.readiness.good(Part::Publisher);
+            Ok(()) if was_refused => {
+                link.note_confirm();
                 return Ok(());
             }
             other => return other,
