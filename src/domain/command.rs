@@ -15,6 +15,16 @@ use super::validation::{self, Rejection};
 /// The dynamic variable by which the batch of a command can be recognised at the vendor.
 pub const COMMAND_ID_VARIABLE: &str = "call_manager_command_id";
 
+/// The namespace of markers, so that they collide with nobody else's version 5 UUIDs.
+const MARKERS: Uuid = Uuid::from_u128(0x0b6e_3c1d_4f0a_4c53_9d2f_7a41_c8e0_5b97);
+
+/// The value of [`COMMAND_ID_VARIABLE`] on every recipient of a submit: `cm_` and 32 hexadecimal
+/// digits, the same for one command id. Not the id itself: a layer on the way may take `12345` for
+/// a number, or trim blanks.
+pub fn marker(command_id: &str) -> String {
+    format!("cm_{}", Uuid::new_v5(&MARKERS, command_id.as_bytes()).simple())
+}
+
 /// The largest body that is read, in bytes: 10,000 recipients with 1.5 KB of variables each.
 pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
 
