@@ -56,6 +56,7 @@ pub async fn run_until(settings: Settings, stop: CancellationToken) -> anyhow::R
     let readiness = Readiness::default();
     let health = axum::serve(listener, health::router(readiness.clone()));
 
+    let base_url = settings.elevenlabs_base_url.as_str().trim_end_matches('/').to_owned();
     let vendor = elevenlabs::Client::new(&elevenlabs::Settings {
         api_key: settings.elevenlabs_api_key,
         base_url: settings.elevenlabs_base_url,
@@ -64,6 +65,8 @@ pub async fn run_until(settings: Settings, stop: CancellationToken) -> anyhow::R
     })?;
     let opened = ledger::Settings {
         location: location(settings.ledger.place),
+        base_url,
+        key: vendor.key_id(),
         retention: settings.ledger.retention,
         longest_request: settings.elevenlabs_timeout,
     };

@@ -24,9 +24,9 @@ const DEFAULTS: &str = include_str!("config.default.toml");
 /// publish its result. What has to wait otherwise waits in a delay queue.
 const LONGEST_IN_HAND: Duration = Duration::from_secs(27 * 60);
 
-/// Longer than any redelivery takes.
-const SHORTEST_RETENTION: Duration = Duration::from_secs(24 * 60 * 60);
-const RETENTION: &str = "a duration of at least 24h with its unit";
+/// Longer than a worker may be stopped while a redelivery waits in its queue, a long weekend included.
+const SHORTEST_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+const RETENTION: &str = "a duration of at least 168h (a week) with its unit";
 
 /// What the worker needs.
 #[derive(Debug)]
@@ -195,7 +195,8 @@ impl Sources {
             elevenlabs_base_url: self
                 .parse(
                     "elevenlabs_base_url",
-                    "an http or https URL without user, query or fragment",
+                    "an http or https URL without user, query or fragment, and without ElevenLabs' own \
+                     path (/v1…), which the worker adds",
                     "https://api.elevenlabs.io",
                     http_url,
                 )
@@ -370,7 +371,9 @@ fn http_url(text: &str) -> Option<Url> {
     let url: Url = text.parse().ok()?;
     let plain = url.username().is_empty() && url.password().is_none();
     let bare = url.query().is_none() && url.fragment().is_none();
-    (matches!(url.scheme(), "http" | "https") && plain && bare).then_some(url)
+    let mut path = url.path_segments()?;
+    let is_api_path = path.any(|part| matches!(part, "v1" | "convai" | "batch-calling"));
+    (matches!(url.scheme(), "http" | "https") && plain && bare && !is_api_path).then_some(url)
 }
 
 fn ledger_place(text: &str) -> Option<LedgerPlace> {

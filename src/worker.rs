@@ -1,6 +1,7 @@
 //! The supervisor: builds connections and consumers again whenever they are lost, receives commands,
 //! bounds how many are in hand, drains.
 
+mod finisher;
 mod intake;
 mod settle;
 mod suspects;
@@ -126,6 +127,8 @@ impl Worker {
 
     async fn consume(&self, stop: CancellationToken) -> Result<(), broker::Error> {
         let readiness = &self.shared.readiness;
+        // An address that is no ElevenLabs' is found before commands are taken, not by failing them.
+        self.shared.handler.ask_first(&stop).await;
         let intake = self.shared.intake();
         let mut pace = RECONNECT.start();
         let mut worked_once = false;
@@ -137,6 +140,9 @@ impl Worker {
             match opened {
                 Ok(generation) => {
                     worked_once = true;
+                    if generation.waiting_submits == Some(0) {
+                        self.shared.handler.note_drained().await;
+                    }
                     let since = Instant::now();
                     info!(prefetch = self.broker.prefetch, "consuming");
                     readiness.wrong(Part::Publisher, "no message is confirmed yet");
@@ -216,6 +222,7 @@ impl Worker {
             reason = self.watch(events) => reason,
             reason = self.ask(pulse, link) => reason,
             reason = self.let_cancels_through(pulse) => reason,
+            reason = self.finish(link) => reason,
         }
     }
 
@@ -223,13 +230,18 @@ impl Worker {
     /// always of a connection.
     async fn ask(&self, pulse: &Pulse, link: &Link) -> String {
         let intake = self.shared.intake();
-        let mut unconsumed = Vec::new();
+        let (mut unconsumed, mut was_drained) = (Vec::new(), false);
         if let Err(reason) = pulse.publish().await {
             return reason;
         }
         link.note_confirm();
         loop {
             tokio::time::sleep(PULSE).await;
+            let is_idle = !was_drained && self.is_idle(CommandKind::Submit);
+            if is_idle && pulse.waiting_submits().await == Ok(0) {
+                self.shared.handler.note_drained().await;
+                was_drained = true;
+            }
             match pulse.check(|kind| intake.takes(kind)).await {
                 Ok(found) => {
                     // Once may be a moment between resting and resuming.
@@ -246,19 +258,15 @@ impl Worker {
     /// When the vendor is back: closes the breaker once the cancels that waited are through.
     async fn let_cancels_through(&self, pulse: &Pulse) -> String {
         let kind = CommandKind::Cancel;
-        let permits = &self.shared.permits[kind as usize];
         let mut intake = self.shared.intake();
         loop {
             intake.half_open().await;
             let since = Instant::now();
             let mut idle = 0;
             while idle < 2 && since.elapsed() < CANCELS_FIRST {
-                // The lane holds one permit for the delivery that it waits for. With one alone, nobody
-                // can tell, and the time decides.
-                let held = self.shared.prefetch - permits.available_permits();
-                let in_hand = held.saturating_sub(usize::from(self.shared.prefetch > 1));
                 match pulse.ready(kind).await {
-                    Ok(0) if in_hand == 0 => idle += 1,
+                    // With one permit alone, nobody can tell, and the time decides.
+                    Ok(0) if self.shared.prefetch == 1 || self.is_idle(kind) => idle += 1,
                     Ok(_) => idle = 0,
                     Err(reason) => return reason,
                 }
@@ -266,6 +274,12 @@ impl Worker {
             }
             self.shared.handler.breaker().close();
         }
+    }
+
+    /// Whether no such command is in hand. The lane holds one permit for the delivery that it waits for.
+    fn is_idle(&self, kind: CommandKind) -> bool {
+        let held = self.shared.prefetch - self.shared.permits[kind as usize].available_permits();
+        self.shared.prefetch > 1 && held <= 1
     }
 
     /// Tells whoever asks why nothing is taken.

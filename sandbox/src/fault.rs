@@ -138,6 +138,13 @@ impl Fault {
             if !(200..=599).contains(&reply.status) {
                 return Err(format!("status must be 200 to 599, not {}", reply.status));
             }
+            if reply.is_refusal_of_what_was_done() {
+                return Err(format!(
+                    "a {} in ElevenLabs' own error form says that nothing was done, so it cannot be \
+                     processed; give it a gateway's body, or another status",
+                    reply.status
+                ));
+            }
             if let Some(value) = &reply.retry_after
                 && HeaderValue::from_str(value).is_err()
             {
@@ -152,9 +159,7 @@ impl Effect {
     /// An answer in the vendor's error shape, for example `(429, "rate_limit_exceeded", "Slow
     /// down.")`; not processed.
     pub fn vendor_error(status: u16, code: &str, message: &str) -> Self {
-        Self::Status(Reply::new(status).json(json!({"detail": {
-            "type": code, "code": code, "message": message, "status": code,
-        }})))
+        Self::Status(Reply::vendor_error(status, code, message))
     }
 
     /// Its name in JSON and in the log.
@@ -188,9 +193,27 @@ impl Effect {
 }
 
 impl Reply {
+    /// A 4xx in the vendor's error form, of a request that was done: only something in between says so.
+    fn is_refusal_of_what_was_done(&self) -> bool {
+        let is_form = |body: &Body| match body {
+            Body::Json(json) => json["detail"].is_object() || json["detail"].is_array(),
+            Body::Text(_) => false,
+        };
+        self.processed
+            && (400..500).contains(&self.status)
+            && self.body.as_ref().is_some_and(is_form)
+    }
+
     /// An empty answer; not processed.
     pub fn new(status: u16) -> Self {
         Self { status, body: None, retry_after: None, processed: false }
+    }
+
+    /// An answer in the vendor's error shape; not processed.
+    pub fn vendor_error(status: u16, code: &str, message: &str) -> Self {
+        Self::new(status).json(json!({"detail": {
+            "type": code, "code": code, "message": message, "status": code,
+        }}))
     }
 
     /// The same with a JSON body.

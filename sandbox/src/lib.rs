@@ -27,6 +27,7 @@
 //!   any other one Twilio's.
 //! - A cancel of a batch that has ended, a retry of one that has not or that has nobody to call
 //!   again, and an export of one that still runs are refused with a 400.
+//! - A call that talks or had voicemail is a conversation, which can be found by its dynamic variables.
 //! - Every batch has a field `sandbox_extra` that no published schema knows.
 
 mod answer;

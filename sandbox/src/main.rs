@@ -110,6 +110,8 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     let options = Options {
         addr,
         api_key: arguments.api_key,
+        rotated_keys: Vec::new(),
+        other_keys: Vec::new(),
         speed: arguments.speed,
         list_lag: arguments.list_lag,
     };

@@ -7,6 +7,7 @@ use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 
 const BASE: &str = "/v1/convai/batch-calling/";
+const CONVERSATIONS: &str = "/v1/convai/conversations";
 
 /// An operation, as faults and the request log name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -29,6 +30,10 @@ pub enum Route {
     List,
     /// `GET {id}/export`.
     Export,
+    /// `GET /v1/convai/conversations`.
+    Conversations,
+    /// `GET /v1/convai/conversations/{id}`.
+    Conversation,
 }
 
 /// An operation with the batch it is about.
@@ -41,6 +46,8 @@ pub(crate) enum Operation {
     Retry(String),
     Delete(String),
     Export(String),
+    Conversations,
+    Conversation(String),
     /// The path exists, with another method.
     WrongMethod,
     Unknown,
@@ -48,6 +55,9 @@ pub(crate) enum Operation {
 
 impl Operation {
     pub(crate) fn of(method: &Method, path: &str) -> Self {
+        if let Some(rest) = path.strip_prefix(CONVERSATIONS) {
+            return Self::of_conversations(method, rest);
+        }
         let Some(rest) = path.strip_prefix(BASE) else {
             return Self::Unknown;
         };
@@ -69,6 +79,17 @@ impl Operation {
         }
     }
 
+    fn of_conversations(method: &Method, rest: &str) -> Self {
+        let id = rest.strip_prefix('/').map(|id| percent_decode_str(id).decode_utf8_lossy());
+        match (method.as_str(), id) {
+            ("GET", None) if rest.is_empty() => Self::Conversations,
+            ("GET", Some(id)) if !id.is_empty() && !id.contains('/') => {
+                Self::Conversation(id.into_owned())
+            }
+            _ => Self::Unknown,
+        }
+    }
+
     pub(crate) fn route(&self) -> Route {
         match self {
             Self::Submit => Route::Submit,
@@ -78,6 +99,8 @@ impl Operation {
             Self::Retry(_) => Route::Retry,
             Self::Delete(_) => Route::Delete,
             Self::Export(_) => Route::Export,
+            Self::Conversations => Route::Conversations,
+            Self::Conversation(_) => Route::Conversation,
             Self::WrongMethod | Self::Unknown => Route::Any,
         }
     }
@@ -106,6 +129,14 @@ mod tests {
             let method = method.parse().unwrap();
             assert_eq!(Operation::of(&method, &format!("{BASE}{path}")), operation, "{path}");
         }
-        assert_eq!(Operation::of(&Method::GET, "/v1/voices"), Operation::Unknown);
+        for (path, operation) in [
+            ("/v1/voices", Operation::Unknown),
+            ("/v1/convai/conversations", Operation::Conversations),
+            ("/v1/convai/conversations/conv_1", Operation::Conversation("conv_1".to_owned())),
+            ("/v1/convai/conversations/conv_1/audio", Operation::Unknown),
+            ("/v1/convai/conversationsx", Operation::Unknown),
+        ] {
+            assert_eq!(Operation::of(&Method::GET, path), operation, "{path}");
+        }
     }
 }

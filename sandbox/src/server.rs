@@ -9,6 +9,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -17,16 +18,21 @@ use tokio_util::task::TaskTracker;
 
 use crate::fault::Fault;
 use crate::observe::{Batch, Request};
+use crate::route::Route;
 use crate::service::{Ending, Service};
-use crate::state::State;
+use crate::state::{Distortion, State};
 
 /// How a sandbox is set up.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Where it listens; port 0 takes a free one.
     pub addr: SocketAddr,
-    /// The one key that `xi-api-key` is compared with.
+    /// The key that `xi-api-key` is compared with.
     pub api_key: String,
+    /// Further keys of the same workspace: they see the same batches.
+    pub rotated_keys: Vec<String>,
+    /// Further keys, each of a workspace of its own: it sees its own batches alone.
+    pub other_keys: Vec<String>,
     /// Seconds of batch life per second. At 1 a conversation takes 20 s; at 0 nothing moves but by
     /// [`Sandbox::advance`].
     pub speed: f64,
@@ -40,6 +46,8 @@ impl Default for Options {
         Self {
             addr: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             api_key: "sandbox-key".to_owned(),
+            rotated_keys: Vec::new(),
+            other_keys: Vec::new(),
             speed: 1.0,
             list_lag: Duration::ZERO,
         }
@@ -83,6 +91,17 @@ impl Sandbox {
     pub fn order(&self, fault: Fault) {
         let refused = self.state.faults().order(vec![fault]).err();
         assert_eq!(refused, None, "this fault cannot be ordered");
+    }
+
+    /// From now on, every answer to a list or a get that gives one is changed so before it is sent. What
+    /// the sandbox itself knows stays right.
+    pub fn distort(&self, change: impl Fn(Route, &mut Value) + Send + Sync + 'static) {
+        *self.state.distortion() = Some(Distortion(Arc::new(change)));
+    }
+
+    /// Answers are right again.
+    pub fn clear_distortion(&self) {
+        *self.state.distortion() = None;
     }
 
     /// Forgets every fault that still waits.

@@ -12,7 +12,9 @@ use crate::body::{NewRecipient, Submit};
 use crate::clock::{Clock, unix_now};
 use crate::life::{BatchStatus, Life};
 use crate::observe::{Batch, Recipient};
-use crate::wire::{BatchCall, CallRecipient, EXTRA, Page};
+use crate::wire::{
+    BatchCall, CallRecipient, Conversation, ConversationDetail, Conversations, EXTRA, Page,
+};
 
 const AGENT_NAME: &str = "Sandbox agent";
 
@@ -34,6 +36,7 @@ struct Record {
     born: Duration,
     entered: Duration,
     deleted: bool,
+    workspace: usize,
 }
 
 impl Store {
@@ -45,7 +48,11 @@ impl Store {
         self.clock.advance(by);
     }
 
-    pub(crate) fn create(&mut self, submit: Submit) -> Result<BatchCall<'_>, Refusal> {
+    pub(crate) fn create(
+        &mut self,
+        submit: Submit,
+        workspace: usize,
+    ) -> Result<BatchCall<'_>, Refusal> {
         if submit.agent_id.starts_with("agent_missing") {
             let message = format!("Agent {} was not found.", submit.agent_id);
             return Err(Refusal::not_found("agent_not_found", message));
@@ -76,20 +83,21 @@ impl Store {
             born: self.clock.life(),
             entered: self.clock.wall(),
             deleted: false,
+            workspace,
         });
         Ok(self.records[at].summary(&self.clock))
     }
 
-    pub(crate) fn get(&self, id: &str) -> Result<BatchCall<'_>, Refusal> {
-        let record = &self.records[self.find(id)?];
+    pub(crate) fn get(&self, id: &str, workspace: usize) -> Result<BatchCall<'_>, Refusal> {
+        let record = &self.records[self.find(id, workspace)?];
         let recipients = Some(record.recipients(&self.clock));
         Ok(BatchCall { recipients, ..record.summary(&self.clock) })
     }
 
     // What the vendor answers to a cancel of a batch that has ended is not documented: a refusal
     // that names the state is the strictest thing a client may have to live with.
-    pub(crate) fn cancel(&mut self, id: &str) -> Result<BatchCall<'_>, Refusal> {
-        let at = self.find(id)?;
+    pub(crate) fn cancel(&mut self, id: &str, workspace: usize) -> Result<BatchCall<'_>, Refusal> {
+        let at = self.find(id, workspace)?;
         let age = self.records[at].age(&self.clock);
         let ended = match self.records[at].life.progress(age).status {
             BatchStatus::Pending | BatchStatus::InProgress => None,
@@ -106,8 +114,8 @@ impl Store {
 
     // Not documented either: when a batch may be retried, and what happens when nobody is left to
     // call. The sandbox wants an ended batch with somebody to call.
-    pub(crate) fn retry(&mut self, id: &str) -> Result<BatchCall<'_>, Refusal> {
-        let at = self.find(id)?;
+    pub(crate) fn retry(&mut self, id: &str, workspace: usize) -> Result<BatchCall<'_>, Refusal> {
+        let at = self.find(id, workspace)?;
         let record = &mut self.records[at];
         let age = record.age(&self.clock);
         if !matches!(record.life.progress(age).status, BatchStatus::Completed | BatchStatus::Failed)
@@ -123,15 +131,19 @@ impl Store {
         Ok(self.records[at].summary(&self.clock))
     }
 
-    pub(crate) fn delete(&mut self, id: &str) -> Result<(), Refusal> {
-        let at = self.find(id)?;
+    pub(crate) fn delete(&mut self, id: &str, workspace: usize) -> Result<(), Refusal> {
+        let at = self.find(id, workspace)?;
         self.records[at].deleted = true;
         Ok(())
     }
 
     /// The recipients of a batch that has ended.
-    pub(crate) fn export(&self, id: &str) -> Result<Vec<CallRecipient<'_>>, Refusal> {
-        let record = &self.records[self.find(id)?];
+    pub(crate) fn export(
+        &self,
+        id: &str,
+        workspace: usize,
+    ) -> Result<Vec<CallRecipient<'_>>, Refusal> {
+        let record = &self.records[self.find(id, workspace)?];
         let status = record.life.progress(record.age(&self.clock)).status;
         if matches!(status, BatchStatus::Pending | BatchStatus::InProgress) {
             let message = format!("Batch call {id} has not ended, so it has no export yet.");
@@ -146,6 +158,7 @@ impl Store {
         limit: usize,
         last_doc: Option<&str>,
         agent_id: Option<&str>,
+        workspace: usize,
     ) -> Result<Page<'_>, Refusal> {
         let end = match last_doc {
             None => self.records.len(),
@@ -156,7 +169,7 @@ impl Store {
         };
         let now = self.clock.wall();
         let mut shown = self.records[..end].iter().rev().filter(|record| {
-            !record.deleted
+            record.is_seen_by(workspace)
                 && now.saturating_sub(record.entered) >= self.list_lag
                 && agent_id.is_none_or(|agent| agent == record.submit.agent_id)
         });
@@ -169,18 +182,81 @@ impl Store {
         })
     }
 
+    /// The calls that were placed, of everybody whose dynamic variable has this value.
+    pub(crate) fn conversations(
+        &self,
+        filter: Option<(&str, &str)>,
+        workspace: usize,
+    ) -> Conversations<'_> {
+        let placed = self.placed(workspace).filter(|placed| {
+            filter.is_none_or(|(name, value)| {
+                placed.variables.get(name).and_then(Value::as_str) == Some(value)
+            })
+        });
+        let conversations = placed.map(|placed| placed.conversation).collect();
+        Conversations { conversations, next_cursor: None, has_more: false }
+    }
+
+    pub(crate) fn conversation(
+        &self,
+        id: &str,
+        workspace: usize,
+    ) -> Result<ConversationDetail<'_>, Refusal> {
+        let placed =
+            self.placed(workspace).find(|placed| placed.conversation.conversation_id == id);
+        let Some(Placed { conversation, batch_id, recipient_id, variables }) = placed else {
+            let message = format!("Conversation {id} was not found.");
+            return Err(Refusal::not_found("conversation_not_found", message));
+        };
+        Ok(ConversationDetail::new(conversation, batch_id, recipient_id, variables))
+    }
+
+    fn placed(&self, workspace: usize) -> impl Iterator<Item = Placed<'_>> {
+        let records = self.records.iter().filter(move |record| record.workspace == workspace);
+        records.flat_map(|record| {
+            let recipients = record.recipients(&self.clock).into_iter();
+            recipients.zip(&record.submit.recipients).filter_map(|(shown, submitted)| {
+                let conversation = Conversation {
+                    agent_id: &record.submit.agent_id,
+                    conversation_id: shown.conversation_id?,
+                    status: shown.status,
+                };
+                let variables = submitted.dynamic_variables();
+                let recipient_id = shown.id;
+                Some(Placed { conversation, batch_id: &record.id, recipient_id, variables })
+            })
+        })
+    }
+
     pub(crate) fn batches(&self) -> Vec<Batch> {
         self.records.iter().map(|record| record.seen(&self.clock)).collect()
     }
 
-    fn find(&self, id: &str) -> Result<usize, Refusal> {
-        self.by_id.get(id).copied().filter(|at| !self.records[*at].deleted).ok_or_else(|| {
-            Refusal::not_found("batch_call_not_found", format!("Batch call {id} was not found."))
-        })
+    fn find(&self, id: &str, workspace: usize) -> Result<usize, Refusal> {
+        self.by_id.get(id).copied().filter(|at| self.records[*at].is_seen_by(workspace)).ok_or_else(
+            || {
+                Refusal::not_found(
+                    "batch_call_not_found",
+                    format!("Batch call {id} was not found."),
+                )
+            },
+        )
     }
 }
 
+/// A call that was placed.
+struct Placed<'a> {
+    conversation: Conversation<'a>,
+    batch_id: &'a str,
+    recipient_id: String,
+    variables: Map<String, Value>,
+}
+
 impl Record {
+    fn is_seen_by(&self, workspace: usize) -> bool {
+        !self.deleted && self.workspace == workspace
+    }
+
     fn age(&self, clock: &Clock) -> Duration {
         clock.life().saturating_sub(self.born)
     }

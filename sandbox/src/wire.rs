@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use crate::body::TelephonyCallConfig;
 use crate::life::{BatchStatus, CallStatus};
@@ -67,6 +68,65 @@ pub(crate) struct Page<'a> {
     pub(crate) batch_calls: Vec<BatchCall<'a>>,
     pub(crate) next_doc: Option<&'a str>,
     pub(crate) has_more: bool,
+}
+
+/// A `GetConversationsPageResponseModel`, with the fields that say whose a conversation is.
+#[derive(Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the vendor's names")]
+pub(crate) struct Conversations<'a> {
+    pub(crate) conversations: Vec<Conversation<'a>>,
+    pub(crate) next_cursor: Option<&'a str>,
+    pub(crate) has_more: bool,
+}
+
+/// A conversation in that page.
+#[derive(Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the vendor's names")]
+pub(crate) struct Conversation<'a> {
+    pub(crate) agent_id: &'a str,
+    pub(crate) conversation_id: String,
+    pub(crate) status: CallStatus,
+}
+
+/// A `GetConversationResponseModel`, with the same.
+#[derive(Debug, Serialize)]
+pub(crate) struct ConversationDetail<'a> {
+    #[serde(flatten)]
+    conversation: Conversation<'a>,
+    metadata: ConversationMetadata<'a>,
+    conversation_initiation_client_data: ConversationData,
+}
+
+#[derive(Debug, Serialize)]
+struct ConversationMetadata<'a> {
+    batch_call: ConversationBatch<'a>,
+}
+
+#[derive(Debug, Serialize)]
+struct ConversationBatch<'a> {
+    batch_call_id: &'a str,
+    batch_call_recipient_id: String,
+}
+
+#[derive(Debug, Serialize)]
+struct ConversationData {
+    dynamic_variables: Map<String, Value>,
+}
+
+impl<'a> ConversationDetail<'a> {
+    pub(crate) fn new(
+        conversation: Conversation<'a>,
+        batch_call_id: &'a str,
+        batch_call_recipient_id: String,
+        dynamic_variables: Map<String, Value>,
+    ) -> Self {
+        let batch_call = ConversationBatch { batch_call_id, batch_call_recipient_id };
+        Self {
+            conversation,
+            metadata: ConversationMetadata { batch_call },
+            conversation_initiation_client_data: ConversationData { dynamic_variables },
+        }
+    }
 }
 
 /// A vendor's CSV export. The real columns are not documented.

@@ -1,10 +1,11 @@
 //! One soak from the first start to the judgement.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use call_manager::broker::Topology;
-use call_manager::domain::command::CommandKind;
+use call_manager::domain::command::{CommandKind, marker};
 use elevenlabs_sandbox::{Options as SandboxOptions, Sandbox};
 use rustix::process::Signal;
 use tokio::time::{interval, sleep};
@@ -72,7 +73,10 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let leftovers = soak.until_the_end().await?;
     node.end(Signal::KILL).await?;
 
-    let batches: Vec<Created> = sandbox.batches().into_iter().map(vendor::created).collect();
+    let ids = plan.commands.iter().map(|command| &command.id);
+    let commands: HashMap<_, _> = ids.map(|id| (marker(id), id.clone())).collect();
+    let batches = sandbox.batches().into_iter();
+    let batches: Vec<Created> = batches.map(|batch| vendor::created(batch, &commands)).collect();
     let record = book.record();
     let findings = judge::judge(&plan.commands, &record.confirmed, &record.answers, &batches);
     let happened = Happened::of(&sandbox.requests());

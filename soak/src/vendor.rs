@@ -1,6 +1,6 @@
 //! The faults of the vendor: which are ordered, and how many of each really happened.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use call_manager::domain::command::COMMAND_ID_VARIABLE;
@@ -61,8 +61,13 @@ fn submit_faults() -> Vec<(Effect, f64)> {
         (Effect::Hang { processed: false }, 0.005),
         (Effect::Garbage, 0.006),
         (Effect::Truncated, 0.006),
-        (Effect::Status(Reply::new(429)), 0.007),
-        (Effect::Status(Reply::new(429).retry_after("1")), 0.007),
+        (Effect::Status(Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.")), 0.007),
+        (
+            Effect::Status(
+                Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.").retry_after("1"),
+            ),
+            0.007,
+        ),
         (Effect::Latency(SLOW), 0.02),
     ];
     for status in [500, 502, 503, 504, 408, 409] {
@@ -153,8 +158,8 @@ fn name(fault: &str, status: Option<u16>, processed: bool) -> String {
     }
 }
 
-/// What the judge has to know of a batch.
-pub fn created(batch: Batch) -> Created {
+/// What the judge has to know of a batch; `commands` are named by their markers.
+pub fn created(batch: Batch, commands: &HashMap<String, String>) -> Created {
     let id_of = |recipient: &elevenlabs_sandbox::Recipient| {
         Some(recipient.dynamic_variables.get(COMMAND_ID_VARIABLE)?.as_str()?.to_owned())
     };
@@ -162,7 +167,9 @@ pub fn created(batch: Batch) -> Created {
     let all_the_same = batch.recipients.iter().all(|recipient| id_of(recipient) == first);
     Created {
         batch_id: batch.id,
-        command_id: first.filter(|_| all_the_same),
+        command_id: first
+            .filter(|_| all_the_same)
+            .and_then(|marker| commands.get(&marker).cloned()),
         looks: Looks {
             name: batch.name,
             agent: batch.agent_id,

@@ -33,6 +33,8 @@ pub struct Generation {
     /// Of the publishing connection.
     events: BoxStream<'static, Event>,
     pulse: Pulse,
+    /// How many submits lay in any queue before this generation began to consume, where that is known.
+    pub waiting_submits: Option<u32>,
     // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm)
     // blocks a whole connection, and acks and deliveries must go on.
     consuming: Connection,
@@ -74,6 +76,9 @@ async fn build(
 ) -> lapin::Result<Generation> {
     let events = publishing.events_listener().boxed();
     let publisher = Arc::new(Publisher::new(publishing, topology).await?);
+    let asking = consuming.create_channel().await?;
+    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone());
+    let waiting_submits = pulse.waiting_submits().await.ok();
 
     let lanes = CommandKind::ALL.map(async |kind| {
         let channel = consuming.create_channel().await?;
@@ -82,9 +87,7 @@ async fn build(
         Lane::open(kind, channel, topology, takes_fresh(kind)).await
     });
     let lanes = try_join_all(lanes).await?;
-    let asking = consuming.create_channel().await?;
-    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone());
-    Ok(Generation { lanes, publisher, events, pulse, consuming })
+    Ok(Generation { lanes, publisher, events, pulse, waiting_submits, consuming })
 }
 
 impl Generation {

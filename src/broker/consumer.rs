@@ -1,6 +1,7 @@
 //! Deliveries of one command queue, and how each is settled.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_util::StreamExt as _;
 use lapin::message::Delivery as Received;
@@ -15,6 +16,7 @@ use tracing::debug;
 use crate::domain::Earlier;
 use crate::domain::command::{CommandKind, CommandMessage};
 
+use super::headers::{self, is_of_one_delivery, number, present, shown, text};
 use super::topology::Topology;
 use super::{CALL_LIMIT, PERSISTENT};
 
@@ -29,6 +31,7 @@ pub struct Lane {
     /// The queues' command.
     pub kind: CommandKind,
     channel: Channel,
+    topology: Topology,
     queue: String,
     retry: String,
     /// Of the command queue; `None` while the lane rests.
@@ -48,7 +51,8 @@ impl Lane {
         let (queue, retry) = (topology.queue(kind), topology.retry_queue(kind));
         let returned = consume(&channel, &retry).await?;
         let fresh = if takes_fresh { Some(consume(&channel, &queue).await?) } else { None };
-        Ok(Self { kind, channel, queue, retry, fresh, returned })
+        let topology = topology.clone();
+        Ok(Self { kind, channel, topology, queue, retry, fresh, returned })
     }
 
     /// The next delivery; `Err` says why there will be none any more.
@@ -64,7 +68,7 @@ impl Lane {
             received = self.returned.next() => received,
         };
         match received {
-            Some(Ok(received)) => Ok(Delivery::new(self.kind, received)),
+            Some(Ok(received)) => Ok(Delivery::new(self.kind, received, &self.topology)),
             Some(Err(error)) => Err(error.to_string()),
             // The broker cancelled the consumer: its queue was deleted, or its node went away.
             None => Err(format!("the broker stopped delivering from the {} queue", self.kind)),
@@ -128,7 +132,7 @@ impl Lane {
             Err(_) => return Err(format!("the broker is silent about the {} queue", self.kind)),
         }
         while let Ok(Some(Ok(received))) = timeout(CALL_LIMIT, consumer.next()).await {
-            Delivery::new(self.kind, received).give_back().await;
+            Delivery::new(self.kind, received, &self.topology).give_back().await;
         }
         Ok(())
     }
@@ -154,11 +158,22 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    fn new(queue: CommandKind, mut received: Received) -> Self {
+    fn new(queue: CommandKind, mut received: Received, topology: &Topology) -> Self {
         let body = std::mem::take(&mut received.data);
         let properties = &received.properties;
         let headers = properties.headers().as_ref();
         let header = |name: &str| headers?.inner().get(name);
+        let was_deferred = headers::was_deferred(&received, topology);
+        let earlier = if was_deferred {
+            Earlier::read(|name| header(name).and_then(number))
+        } else {
+            Earlier::default()
+        };
+        let expires_at = if was_deferred {
+            earlier.expires_at
+        } else {
+            headers::expires_at(properties, SystemTime::now())
+        };
         // Of another type or longer, it is no trace context; copied, it could make the result's
         // headers larger than a frame.
         let trace = |name: &str, longest: usize| {
@@ -181,7 +196,8 @@ impl Delivery {
             reply_to: present(properties.reply_to().as_ref()),
             not_after: header("not_after").and_then(shown),
             redeliveries: u32::try_from(redeliveries.max(0)).unwrap_or(u32::MAX),
-            earlier: Earlier::read(|name| header(name).and_then(number)),
+            expires_at,
+            earlier,
             body,
         };
         Self { message: Arc::new(message), received }
@@ -248,50 +264,3 @@ impl Delivery {
 }
 
 type Setter = fn(BasicProperties, ShortString) -> BasicProperties;
-
-/// What the broker writes for one delivery, or reads from one publish: `CC` would multiply a copy.
-fn is_of_one_delivery(name: &str) -> bool {
-    let written = ["x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"];
-    written.contains(&name)
-        || name.starts_with("x-first-death-")
-        || name.starts_with("x-last-death-")
-        || Earlier::is_header(name)
-}
-
-fn text(value: &AMQPValue) -> Option<String> {
-    match value {
-        AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok().map(str::to_owned),
-        AMQPValue::ShortString(text) => Some(text.to_string()),
-        _ => None,
-    }
-}
-
-fn number(value: &AMQPValue) -> Option<i64> {
-    match *value {
-        AMQPValue::ShortShortInt(number) => Some(number.into()),
-        AMQPValue::ShortShortUInt(number) => Some(number.into()),
-        AMQPValue::ShortInt(number) => Some(number.into()),
-        AMQPValue::ShortUInt(number) => Some(number.into()),
-        AMQPValue::LongInt(number) => Some(number.into()),
-        AMQPValue::LongUInt(number) => Some(number.into()),
-        AMQPValue::LongLongInt(number) => Some(number),
-        AMQPValue::Timestamp(number) => i64::try_from(number).ok(),
-        _ => None,
-    }
-}
-
-/// A header's value as a person reads it; of what is neither text nor a number, the type.
-fn shown(value: &AMQPValue) -> Option<String> {
-    let number = || number(value).map(|number| number.to_string());
-    match value {
-        AMQPValue::Void => None,
-        AMQPValue::Double(number) => Some(number.to_string()),
-        AMQPValue::Float(number) => Some(number.to_string()),
-        _ => text(value).or_else(number).or_else(|| Some(format!("{:?}", value.get_type()))),
-    }
-}
-
-fn present(property: Option<&ShortString>) -> Option<String> {
-    let text = property?.as_str();
-    (!text.is_empty()).then(|| text.to_owned())
-}

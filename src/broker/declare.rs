@@ -1,11 +1,13 @@
 //! Makes the topology at a broker, or checks that it is there.
 
 use futures_util::future::try_join_all;
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{
+    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::Error;
 use super::topology::{Argument, Arguments, Binding, Exchange, Queue, Routing, Topology};
@@ -18,7 +20,11 @@ impl Topology {
         let declare = async |channel: Channel, exchange| {
             declare_exchange(&channel, exchange, false).await.map(|()| channel)
         };
-        each(connection, self.exchanges(), declare).await?;
+        let (retry, others) = self.exchanges_by_age();
+        for exchange in retry {
+            declare_retry(connection, exchange).await?;
+        }
+        each(connection, others, declare).await?;
         let declare = async |channel: Channel, queue| {
             declare_queue(&channel, queue, false).await.map(|()| channel)
         };
@@ -60,9 +66,25 @@ impl Topology {
                     );
                     Ok(())
                 }
+                Error::OtherArguments { reason }
+                    if reason.contains(&format!("exchange '{}'", self.retry_exchange())) =>
+                {
+                    warn!(
+                        reason,
+                        "the retry exchange is that of a former version; delete it and import what \
+                         `call-manager topology` prints"
+                    );
+                    Ok(())
+                }
                 error => Err(error),
             },
         }
+    }
+
+    /// The retry exchange, which version 0.1.0 declared without an alternate exchange, and the others.
+    fn exchanges_by_age(&self) -> (Vec<Exchange>, Vec<Exchange>) {
+        let retry = self.retry_exchange();
+        self.exchanges().into_iter().partition(|exchange| exchange.name == retry)
     }
 
     /// A passive declare compares no arguments; an active one does, and creates nothing where the
@@ -71,11 +93,36 @@ impl Topology {
         for queue in self.queues() {
             declare_queue(channel, queue, false).await?;
         }
-        for exchange in self.exchanges() {
+        let (retry, others) = self.exchanges_by_age();
+        for exchange in others {
+            declare_exchange(channel, exchange, false).await?;
+        }
+        for exchange in retry {
             declare_exchange(channel, exchange, false).await?;
         }
         Ok(())
     }
+}
+
+/// Replaces the one of a former version. An exchange holds no messages, and a delay queue keeps its own
+/// until the exchange is there again.
+async fn declare_retry(connection: &Connection, exchange: Exchange) -> lapin::Result<()> {
+    let channel = connection.create_channel().await?;
+    let Err(error) = declare_exchange(&channel, exchange.clone(), false).await else {
+        return channel.close(200, "declared".into()).await;
+    };
+    let other = AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED);
+    let is_former =
+        matches!(error.kind(), ErrorKind::ProtocolError(refusal) if *refusal.kind() == other);
+    if !is_former {
+        return Err(error);
+    }
+    info!(exchange = exchange.name, "replacing the exchange that a former version declared");
+    let channel = connection.create_channel().await?;
+    let options = ExchangeDeleteOptions::default();
+    channel.exchange_delete(exchange.name.as_str().into(), options).await?;
+    declare_exchange(&channel, exchange, false).await?;
+    channel.close(200, "declared".into()).await
 }
 
 fn missing(error: lapin::Error, at: &str, what: &'static str, name: String) -> Error {

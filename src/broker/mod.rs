@@ -4,6 +4,7 @@ mod connection;
 mod consumer;
 mod declare;
 mod definitions;
+mod headers;
 mod publisher;
 mod pulse;
 mod requester;

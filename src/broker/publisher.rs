@@ -166,6 +166,14 @@ impl Publisher {
     /// Sends a copy of a published result to the queue that the command names. One that cannot be
     /// delivered is logged: the result is on the exchange all the same.
     pub async fn reply(&self, event: &ResultEvent, queue: &str) {
+        if self.topology.owns(queue) {
+            warn!(
+                command_id = event.command_id,
+                "reply_to names a queue of call-manager's own, where no reply goes; the result is on \
+                 the results exchange"
+            );
+            return;
+        }
         let body = event.body();
         let delivered = self.patiently(self.alone("", queue, &body, properties(event))).await;
         let reason = match delivered {
@@ -188,7 +196,9 @@ impl Publisher {
         delay: Delay,
         earlier: &Earlier,
     ) -> Result<(), PublishError> {
-        let headers = earlier.headers();
+        // A copy has no `expiration`: it was for the wait in the queue that it has left.
+        let expires_at = earlier.expires_at.or(delivery.message.expires_at);
+        let headers = Earlier { expires_at, ..earlier.clone() }.headers();
         let headers = headers.iter().map(|(name, n)| (*name, AMQPValue::LongLongInt(*n)));
         self.copy(delivery, self.topology.delay(delay), delivery.copied(headers)).await
     }

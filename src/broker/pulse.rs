@@ -12,7 +12,7 @@ use crate::telemetry::chain;
 
 use super::CALL_LIMIT;
 use super::publisher::Publisher;
-use super::topology::Topology;
+use super::topology::{Delay, Topology};
 
 /// What one generation can be asked.
 pub struct Pulse {
@@ -58,6 +58,18 @@ impl Pulse {
     /// How many commands lie in their queue, not those in a worker's hands.
     pub async fn ready(&self, kind: CommandKind) -> Result<u32, String> {
         Ok(self.look(&self.topology.queue(kind)).await?.message_count())
+    }
+
+    /// How many submits lie in any queue, not those in a worker's hands.
+    pub async fn waiting_submits(&self) -> Result<u32, String> {
+        let kind = CommandKind::Submit;
+        let delays = Delay::ALL.map(|delay| self.topology.delay(delay));
+        let queues = [self.topology.queue(kind), self.topology.retry_queue(kind)];
+        let mut waiting = 0_u32;
+        for name in queues.iter().chain(&delays) {
+            waiting = waiting.saturating_add(self.look(name).await?.message_count());
+        }
+        Ok(waiting)
     }
 
     async fn look(&self, name: &str) -> Result<Queue, String> {

@@ -28,6 +28,9 @@ pub enum Delay {
 }
 
 impl Delay {
+    /// The last of the ladder.
+    pub const LONGEST: Duration = Duration::from_secs(60);
+
     /// The ladder, from below.
     pub const ALL: [Self; 3] = [Self::Short, Self::Medium, Self::Long];
 
@@ -42,7 +45,7 @@ impl Delay {
         Duration::from_secs(match self {
             Self::Short => 2,
             Self::Medium => 10,
-            Self::Long => 60,
+            Self::Long => Self::LONGEST.as_secs(),
         })
     }
 }
@@ -153,6 +156,11 @@ impl Topology {
         format!("{}.pulse", self.prefix)
     }
 
+    /// Whether a queue of this name is the worker's own, or would be.
+    pub(super) fn owns(&self, queue: &str) -> bool {
+        queue == self.pulse() || self.queue_names().iter().any(|own| own == queue)
+    }
+
     /// Every exchange there is.
     pub fn exchange_names(&self) -> Vec<String> {
         self.exchanges().into_iter().map(|exchange| exchange.name).collect()
@@ -175,7 +183,13 @@ impl Topology {
                 arguments: vec![("alternate-exchange", text(self.unrouted()))],
             },
             plain(self.commands_exchange(), Routing::Topic),
-            plain(self.retry_exchange(), Routing::Topic),
+            Exchange {
+                name: self.retry_exchange(),
+                routing: Routing::Topic,
+                // A delay queue that may lose nothing keeps what no binding takes, and with it all that
+                // comes behind: what is no command lies where a person sees it.
+                arguments: vec![("alternate-exchange", text(self.dead_letter()))],
+            },
         ];
         // In front of each delay queue: a message published through the default exchange would have
         // the queue's name for its routing key, and the key of the command would be lost.

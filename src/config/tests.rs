@@ -73,7 +73,7 @@ fn all_faults_are_told_at_once_each_with_an_example_and_no_secret() {
         "TOPOLOGY is \"checks\", not declare or check; example: TOPOLOGY=declare",
         "HOST is \"localhost\"",
         "LEDGER_URL is \"…\", not sqlite:PATH, or postgres://user:password@host:5432/database",
-        "LEDGER_RETENTION is \"1h\", not a duration of at least 24h with its unit; example: LEDGER_RETENTION=720h",
+        "LEDGER_RETENTION is \"1h\", not a duration of at least 168h (a week) with its unit; example: LEDGER_RETENTION=720h",
     ] {
         assert!(faults.contains(part), "{part} is missing in:\n{faults}");
     }

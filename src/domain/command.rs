@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::Earlier;
+use super::canonical::{canonical, write_string};
 use super::validation::{self, Rejection};
+use super::{Earlier, short};
 
 /// The dynamic variable by which the batch of a command can be recognised at the vendor.
 pub const COMMAND_ID_VARIABLE: &str = "call_manager_command_id";
@@ -99,6 +100,9 @@ pub struct CommandMessage {
     pub reply_to: Option<String>,
     /// The header `not_after`: Unix seconds, past which the command is not worth doing.
     pub not_after: Option<String>,
+    /// From the property `expiration`: when the message would have been dropped, had it stayed in its
+    /// queue. It is not begun later.
+    pub expires_at: Option<SystemTime>,
     /// How often the broker has delivered it before without its having been settled.
     pub redeliveries: u32,
     /// What it brings along from before it was deferred.
@@ -152,7 +156,13 @@ impl CommandMessage {
         Command::parse(self.kind(), &self.body)
     }
 
-    /// When it is not worth doing any more.
+    /// When it is too late to begin it: the earlier of `not_after` and `expires_at`.
+    pub fn begin_before(&self) -> Option<SystemTime> {
+        let not_after = self.deadline().unwrap_or_default();
+        not_after.into_iter().chain(self.expires_at).min()
+    }
+
+    /// When it is not worth doing any more, as the header `not_after` says.
     pub fn deadline(&self) -> Result<Option<SystemTime>, Rejection> {
         let Some(text) = &self.not_after else { return Ok(None) };
         let wrong = |what: &str| {
@@ -278,6 +288,9 @@ impl TryFrom<Reference> for Target {
     }
 }
 
+/// What stands in a batch id's place in the URLs of other operations.
+const ROUTES: [&str; 2] = ["submit", "workspace"];
+
 /// A vendor's batch id that cannot leave its path segment in a URL.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -295,7 +308,9 @@ impl TryFrom<String> for BatchId {
 
     fn try_from(id: String) -> Result<Self, Self::Error> {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-        if (1..=128).contains(&id.len()) && id.bytes().all(allowed) {
+        if ROUTES.contains(&id.as_str()) {
+            Err("it is no batch id but the name of another route of ElevenLabs' API")
+        } else if (1..=128).contains(&id.len()) && id.bytes().all(allowed) {
             Ok(Self(id))
         } else {
             Err("a batch id is 1 to 128 letters, digits, _ or -")
@@ -361,9 +376,60 @@ impl fmt::Debug for Submit {
 }
 
 impl Submit {
-    /// Tells two bodies apart, whatever their white space and the order of their fields. Kept in
-    /// ledgers: a field that is not given adds nothing, so that new ones change no old fingerprint.
+    /// Tells two bodies apart by their values: not by escapes, the form of numbers, white space or the
+    /// order of fields. Kept in ledgers: a field that is not given adds nothing, so that new ones change
+    /// no old fingerprint.
     pub fn fingerprint(&self) -> Uuid {
+        let mut hasher = blake3::Hasher::new();
+        let mut field = |name: &str, value: &str| {
+            hasher.update(name.as_bytes());
+            // The length keeps what two fields say apart.
+            hasher.update(&(value.len() as u64).to_le_bytes());
+            hasher.update(value.as_bytes());
+        };
+        field("call_name", &self.call_name);
+        field("agent_id", &self.agent_id);
+        field("agent_phone_number_id", &self.agent_phone_number_id);
+        for recipient in &self.recipients {
+            field("phone_number", &recipient.phone_number);
+            for (name, value) in &recipient.dynamic_variables {
+                field("name", name);
+                field("value", &canonical(value.get()));
+            }
+        }
+        for (name, value) in self.given() {
+            field(name, &value);
+        }
+        short(hasher.finalize().into())
+    }
+
+    /// The optional fields that are given, in one order.
+    fn given(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let raw = |value: &Option<Box<RawValue>>| {
+            value.as_ref().map(|value| canonical(value.get()).into_owned())
+        };
+        let config = self.telephony_call_config.as_ref().map(|config| {
+            let fields = config.iter().map(|(name, value)| {
+                let mut text = String::new();
+                write_string(&mut text, name);
+                format!("{text}:{}", canonical(value.get()))
+            });
+            fields.collect::<Vec<_>>().join(",")
+        });
+        let all = [
+            ("scheduled_time_unix", raw(&self.scheduled_time_unix)),
+            ("phone_provider", self.phone_provider.clone()),
+            ("timezone", raw(&self.timezone)),
+            ("branch_id", raw(&self.branch_id)),
+            ("environment", raw(&self.environment)),
+            ("telephony_call_config", config),
+            ("target_concurrency_limit", raw(&self.target_concurrency_limit)),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name, value?)))
+    }
+
+    /// The fingerprint as version 0.1.0 made it: rows of that version have it.
+    pub fn former_fingerprint(&self) -> Uuid {
         // Serializing maps with string keys into memory has no way to fail; an empty fingerprint
         // would only make two broken bodies look alike.
         let canonical = serde_json::to_vec(self).unwrap_or_default();
@@ -402,20 +468,9 @@ impl Recipient {
         let variables = self.dynamic_variables.iter();
         (
             &self.phone_number,
-            variables.map(|(name, value)| (name.as_str(), unescaped(value.get()))).collect(),
+            variables.map(|(name, value)| (name.as_str(), canonical(value.get()))).collect(),
         )
     }
-}
-
-/// `"\u0061"` and `"a"` are the same value to the person who hears it.
-fn unescaped(json: &str) -> Cow<'_, str> {
-    if json.contains('\\')
-        && let Ok(text) = serde_json::from_str::<String>(json)
-    {
-        // The quotes keep the string "1" apart from the number 1.
-        return Cow::Owned(format!("\"{text}\""));
-    }
-    Cow::Borrowed(json)
 }
 
 #[cfg(test)]

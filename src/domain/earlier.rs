@@ -8,12 +8,14 @@ const RETRY_AT: &str = "x-call-manager-retry-at";
 const ATTEMPTS: &str = "x-call-manager-attempts";
 const IN_DOUBT: &str = "x-call-manager-in-doubt";
 const DELIVERIES: &str = "x-call-manager-deliveries";
+const MET_ROW: &str = "x-call-manager-met-row";
+const EXPIRES_AT: &str = "x-call-manager-expires-at";
 
 /// No worker counts so far; a producer may write anything.
 const MOST: i64 = 1_000_000;
 
-/// What is known of a command from before it was delivered this time. What a producer writes into
-/// these headers harms its own command alone.
+/// What is known of a command from before it was delivered this time. Only what comes from the worker's
+/// own delay queues says it: anybody can write a header.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Earlier {
     /// When a worker had it in hand first; `None` the first time.
@@ -26,6 +28,10 @@ pub struct Earlier {
     pub in_doubt: bool,
     /// How often it came back to its queue without having been settled, before it was set aside.
     pub deliveries: u32,
+    /// A ledger has a row of it. Where none is found, it is another ledger, and the row is lost.
+    pub met_row: bool,
+    /// It is not begun later than that: what is left of the property `expiration`, which no copy has.
+    pub expires_at: Option<SystemTime>,
 }
 
 impl Earlier {
@@ -45,6 +51,8 @@ impl Earlier {
             attempts: count(ATTEMPTS),
             in_doubt: count(IN_DOUBT) > 0,
             deliveries: count(DELIVERIES),
+            met_row: count(MET_ROW) > 0,
+            expires_at: time(EXPIRES_AT),
         }
     }
 
@@ -60,13 +68,15 @@ impl Earlier {
             (ATTEMPTS, Some(self.attempts.into())),
             (IN_DOUBT, self.in_doubt.then_some(1)),
             (DELIVERIES, (self.deliveries > 0).then_some(self.deliveries.into())),
+            (MET_ROW, self.met_row.then_some(1)),
+            (EXPIRES_AT, self.expires_at.map(millis)),
         ];
         all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
 
     /// Whether a header is one of these.
     pub fn is_header(name: &str) -> bool {
-        [FIRST_SEEN, RETRY_AT, ATTEMPTS, IN_DOUBT, DELIVERIES].contains(&name)
+        name.starts_with("x-call-manager-")
     }
 
     /// How long ago a worker had it in hand first; a clock that is behind counts as now.
@@ -91,6 +101,7 @@ impl Earlier {
             in_doubt,
             // It came to its end without taking the worker along.
             deliveries: 0,
+            ..Self::default()
         }
     }
 
@@ -121,6 +132,8 @@ mod tests {
             attempts: 7,
             in_doubt: true,
             deliveries: 3,
+            met_row: true,
+            expires_at: at(1_700_000_099_123),
         };
         assert_eq!(carried(&earlier), earlier);
         assert_eq!(carried(&Earlier::default()), Earlier::default());

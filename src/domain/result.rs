@@ -151,8 +151,11 @@ pub struct ResultEvent {
     pub command_id: String,
     /// Copied from the command, else the command id.
     pub correlation_id: String,
-    /// The same for every publication of the same result.
+    /// The same for every publication of the same result, and another one for a result that says
+    /// something else.
     pub message_id: Uuid,
+    /// What the id is made from, besides what the result says.
+    base: Uuid,
     /// How it ended.
     pub ending: Ending,
     /// Copied from the command.
@@ -168,17 +171,27 @@ impl ResultEvent {
         let kind = message.kind();
         let mut name = format!("{kind}\n{command_id}\n").into_bytes();
         if of == ResultOf::Refusal {
-            name.extend_from_slice(&message.body);
+            name.extend_from_slice(blake3::hash(&message.body).as_bytes());
         }
-        Self {
+        let base = Uuid::new_v5(&RESULT_IDS, &name);
+        let event = Self {
             kind,
             command_id: command_id.to_owned(),
             correlation_id: correlation_id(message, command_id),
-            message_id: Uuid::new_v5(&RESULT_IDS, &name),
+            message_id: base,
+            base,
             ending,
             traceparent: message.traceparent.clone(),
             tracestate: message.tracestate.clone(),
-        }
+        };
+        event.named()
+    }
+
+    /// Results that differ have different ids: whoever drops repeats must not keep the wrong one.
+    fn named(self) -> Self {
+        let mut name = self.routing_key().into_bytes();
+        name.extend_from_slice(blake3::hash(&self.body()).as_bytes());
+        Self { message_id: Uuid::new_v5(&self.base, &name), ..self }
     }
 
     /// What is said in place of a result that the broker finds too large.
@@ -200,7 +213,7 @@ impl ResultEvent {
         };
         let ending =
             Ending { attempts: self.ending.attempts, outcome: Outcome::Failed { code, error } };
-        Self { ending, ..self.clone() }
+        Self { ending, ..self.clone() }.named()
     }
 
     /// `batch-calling.<command>.succeeded` or `.failed`: routing key and AMQP `type`.
@@ -352,6 +365,26 @@ mod tests {
         let id = |body, of| failed(body, of).message_id;
         assert_eq!(id("{}", ResultOf::Command), id("{ }", ResultOf::Command));
         assert_eq!(id("{}", ResultOf::Refusal), id("{}", ResultOf::Refusal));
+    }
+
+    #[test]
+    fn results_that_differ_have_different_ids_whatever_the_number_of_attempts() {
+        let of = |attempts, outcome| {
+            let ending = Ending { attempts, outcome };
+            ResultEvent::new(&message("{}"), "c-1", ResultOf::Command, ending).message_id
+        };
+        let unavailable = || Outcome::Failed {
+            code: ErrorCode::UpstreamUnavailable,
+            error: "It was unavailable.".into(),
+        };
+        let succeeded = |data: &str| Outcome::Succeeded {
+            data: RawValue::from_string(data.into()).unwrap(),
+            batch_id: "b".into(),
+            warning: None,
+        };
+        assert_eq!(of(1, unavailable()), of(2, unavailable()));
+        assert_ne!(of(1, unavailable()), of(1, succeeded("{}")));
+        assert_ne!(of(1, succeeded("{}")), of(1, succeeded("{\"status\":\"cancelled\"}")));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One method per endpoint of the vendor's batch-calling API.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,12 +8,16 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, Url, redirect, retry};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::value::RawValue;
+use tracing::warn;
+use uuid::Uuid;
 
-use crate::domain::command::BatchId;
+use crate::domain::command::{BatchId, COMMAND_ID_VARIABLE};
+use crate::domain::short;
 
 use super::breaker::Breaker;
 use super::error::{self, Class, Error};
-use super::wire::{Batch, Page, SubmitRequest};
+use super::wire::{Batch, Page, SubmitRequest, is_object};
+use super::words::Words;
 
 /// The largest answer that is read, in bytes: 10,000 recipients with all their data.
 const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
@@ -52,8 +57,11 @@ pub struct Answer {
 impl Answer {
     /// A batch as it stands in an answer, or in the list. The error says what is wrong with it.
     pub(super) fn read(data: Box<RawValue>) -> Result<Self, String> {
-        let batch: Batch = serde_json::from_str(data.get())
-            .map_err(|_| "it is not a batch with an id".to_owned())?;
+        let no_batch = || "it is not a batch with an id".to_owned();
+        let batch: Batch = serde_json::from_str(data.get()).map_err(|_| no_batch())?;
+        if !is_object(data.get()) {
+            return Err(no_batch());
+        }
         if batch.id.is_empty() {
             return Err("its batch id is empty".to_owned());
         }
@@ -83,6 +91,8 @@ pub struct Client {
     http: reqwest::Client,
     base_url: Url,
     breaker: Arc<Breaker>,
+    words: Words,
+    key_id: Uuid,
 }
 
 impl Client {
@@ -106,7 +116,18 @@ impl Client {
             // Where requests go is decided by the settings table alone.
             .no_proxy()
             .build()?;
-        Ok(Self { http, base_url: settings.base_url.clone(), breaker: Arc::default() })
+        Ok(Self {
+            http,
+            base_url: settings.base_url.clone(),
+            breaker: Arc::default(),
+            words: Words::new(settings.api_key.clone()),
+            key_id: key_id(settings.api_key.expose_secret()),
+        })
+    }
+
+    /// A hash of the API key: tells two keys apart, and gives none away.
+    pub fn key_id(&self) -> Uuid {
+        self.key_id
     }
 
     /// What the outcomes of all calls say about the vendor.
@@ -159,6 +180,25 @@ impl Client {
         self.page(url).await
     }
 
+    /// `GET /v1/convai/conversations`: those whose dynamic variable has this marker. A failure proves
+    /// nothing, so the breaker does not hear of it.
+    pub(super) async fn conversations(&self, marker: &str) -> Option<String> {
+        let mut url = self.url_of(&["conversations"]);
+        let filter = format!("{COMMAND_ID_VARIABLE}:eq:{marker}");
+        url.query_pairs_mut().append_pair("dynamic_variable_params", &filter);
+        self.quietly(url).await
+    }
+
+    /// `GET /v1/convai/conversations/{conversation_id}`. A failure proves nothing.
+    pub(super) async fn conversation(&self, id: &str) -> Option<String> {
+        self.quietly(self.url_of(&["conversations", id])).await
+    }
+
+    async fn quietly(&self, url: Url) -> Option<String> {
+        let (body, ..) = self.read(self.http.request(Method::GET, url)).await.ok()?;
+        String::from_utf8(body).ok()
+    }
+
     async fn page(&self, url: Url) -> Result<(String, HeaderMap), Error> {
         let read = self.read(self.http.request(Method::GET, url)).await;
         self.recorded(read.and_then(|(body, _, headers)| match String::from_utf8(body) {
@@ -173,10 +213,18 @@ impl Client {
     }
 
     fn url(&self, rest: &[&str]) -> Url {
+        let mut url = self.url_of(&["batch-calling"]);
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.extend(rest);
+        }
+        url
+    }
+
+    fn url_of(&self, rest: &[&str]) -> Url {
         let mut url = self.base_url.clone();
         // An http URL always has path segments; each one pushed is percent-encoded.
         if let Ok(mut segments) = url.path_segments_mut() {
-            segments.pop_if_empty().extend(["v1", "convai", "batch-calling"]).extend(rest);
+            segments.pop_if_empty().extend(["v1", "convai"]).extend(rest);
         }
         url
     }
@@ -188,10 +236,10 @@ impl Client {
     ) -> Result<Answer, Error> {
         let read = self.read(request).await;
         self.recorded(read.and_then(|(body, status, headers)| {
-            answer(body, asked_for).map_err(|reason| Error::Unreadable {
+            answer(body, asked_for, &self.words).map_err(|reason| Error::Unreadable {
                 status,
                 reason,
-                request_id: error::request_id(&headers),
+                request_id: error::request_id(&headers, &self.words),
             })
         }))
     }
@@ -207,11 +255,12 @@ impl Client {
         match (read(&mut response).await, Class::of_status(status)) {
             (Ok(body), None) => Ok((body, status, headers)),
             (Err(reason), None) => {
-                Err(Error::Unreadable { status, reason, request_id: error::request_id(&headers) })
+                let request_id = error::request_id(&headers, &self.words);
+                Err(Error::Unreadable { status, reason, request_id })
             }
-            // The status alone decides; where the body is cut, only the vendor's words are lost.
             (body, Some(class)) => {
-                Err(Error::of_answer(class, status, &headers, &body.unwrap_or_default()))
+                let body = body.unwrap_or_default();
+                Err(Error::of_answer(class, status, &headers, &body, &self.words))
             }
         }
     }
@@ -232,8 +281,16 @@ async fn read(response: &mut reqwest::Response) -> Result<Vec<u8>, String> {
     }
 }
 
-fn answer(body: Vec<u8>, asked_for: Option<&BatchId>) -> Result<Answer, String> {
-    let text = String::from_utf8(body).map_err(|_| "it is not UTF-8".to_owned())?;
+fn key_id(key: &str) -> Uuid {
+    short(blake3::derive_key("call-manager 2026 API key", key.as_bytes()))
+}
+
+fn answer(body: Vec<u8>, asked_for: Option<&BatchId>, words: &Words) -> Result<Answer, String> {
+    let mut text = String::from_utf8(body).map_err(|_| "it is not UTF-8".to_owned())?;
+    if let Cow::Owned(masked) = words.without_key(&text) {
+        warn!("ElevenLabs' answer quotes the API key; it is masked in the result");
+        text = masked;
+    }
     let data = RawValue::from_string(text).map_err(|_| "it is not JSON".to_owned())?;
     let answer = Answer::read(data)?;
     if asked_for.is_some_and(|asked| asked.as_str() != answer.batch_id) {
@@ -258,7 +315,20 @@ mod tests {
 
     #[test]
     fn a_batch_id_stays_in_its_path_segment() {
-        for hostile in ["../../x", "a/b", "%2e%2e", "a?b=c", "a#b", "..", ".", "", "ñ", "😀"] {
+        for hostile in [
+            "workspace",
+            "submit",
+            "../../x",
+            "a/b",
+            "%2e%2e",
+            "a?b=c",
+            "a#b",
+            "..",
+            ".",
+            "",
+            "ñ",
+            "😀",
+        ] {
             assert!(BatchId::try_from(hostile.to_owned()).is_err(), "{hostile}");
         }
         let url = client().url(&["btcal_1-a", "cancel"]);
@@ -273,14 +343,31 @@ mod tests {
     #[test]
     fn an_answer_about_another_batch_is_not_taken() {
         let id = BatchId::try_from("btcal_1".to_owned()).unwrap();
-        assert!(answer(br#"{"id":"btcal_2"}"#.to_vec(), Some(&id)).is_err());
-        assert!(answer(br#"{"id":"btcal_1"}"#.to_vec(), Some(&id)).is_ok());
+        let words = Words::new("secret-key".into());
+        assert!(answer(br#"{"id":"btcal_2"}"#.to_vec(), Some(&id), &words).is_err());
+        assert!(answer(br#"{"id":"btcal_1"}"#.to_vec(), Some(&id), &words).is_ok());
     }
 
     #[test]
     fn a_2xx_without_a_batch_is_unreadable() {
-        for body in ["", "null", "[]", "{}", r#"{"id":7}"#, r#"{"id":""}"#, r#"{"id":"b""#] {
-            assert!(answer(body.into(), None).is_err(), "{body}");
+        for body in [
+            "",
+            "null",
+            "[]",
+            r#"["btcal_1"]"#,
+            "{}",
+            r#"{"id":7}"#,
+            r#"{"id":""}"#,
+            r#"{"id":"b""#,
+        ] {
+            assert!(answer(body.into(), None, &Words::new("k".into())).is_err(), "{body}");
         }
+    }
+
+    #[test]
+    fn two_keys_have_two_hashes_and_neither_gives_its_key_away() {
+        assert_eq!(key_id("sk_1"), key_id("sk_1"));
+        assert_ne!(key_id("sk_1"), key_id("sk_2"));
+        assert!(!key_id("sk_1").to_string().contains("sk_1"));
     }
 }

@@ -1,6 +1,6 @@
-//! Finds the batch of a submit whose answer was lost, by the marker that its recipients carry.
+//! Reads ElevenLabs' list for the batches of submits in doubt: many with one reading.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -12,24 +12,25 @@ use serde_json::value::RawValue;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 
-use crate::domain::command::BatchId;
+use crate::domain::command::{BatchId, marker};
 
 use super::client::{Answer, Client};
 use super::error::Error;
-use super::wire::{Listed, Marked, Page};
+use super::evidence::{Judgement, Listed, SearchKey, Shown};
+use super::wire::Page;
 
-/// How far the list is read back beyond the first attempt: for the vendor's clock, whose machines
-/// need not agree to the second.
-const SLACK: Duration = Duration::from_secs(2 * 60);
-
-/// The same where the list does not say what time it is there, and this machine's clock has to do.
-const SLACK_OF_CLOCKS: Duration = Duration::from_secs(60 * 60);
+/// How far the list is read back beyond the first attempt: for clocks that differ or were put back. It
+/// only costs pages.
+const SLACK: Duration = Duration::from_secs(60 * 60);
 
 /// How many pages of the list are read: 100,000 batches of one agent. Past that nothing is known.
 const MAX_PAGES: usize = 1_000;
 
 /// How many batches are remembered: some 3 MB.
 const REMEMBERED: usize = 20_000;
+
+/// How many batches that may be the one are named. With more, nobody can tell either.
+const MOST_CANDIDATES: usize = 100;
 
 /// How many times the list is read at the same time: one that has to go far back need not hold up the
 /// others.
@@ -41,26 +42,34 @@ const CANDIDATES_AT_ONCE: usize = 8;
 /// Larger batches are read off the reactor.
 const INLINE_BYTES: usize = 256 * 1024;
 
-/// What the lost batch is known by.
-#[derive(Clone, Debug)]
-pub struct Lost {
-    /// `call_manager_command_id` of every recipient.
-    pub command_id: String,
-    /// The list is filtered by it.
-    pub agent_id: String,
-    /// `call_name`.
-    pub name: String,
+/// What a reading of the list has shown of a submit's batch.
+#[derive(Debug)]
+pub enum Seen {
+    /// It exists: `data` is what the list says of it, which is what a submit answers.
+    Batch(Answer),
+    /// Every batch of that agent and time was seen, and ruled out by evidence against it.
+    Absent,
+    /// These may be it: there is evidence neither for them nor against them.
+    Undecided(Vec<Candidate>),
 }
 
-/// What a look has come to. `Ok(None)` only where every batch that it could be was seen, and is not
-/// it.
-pub type Looked = Result<Option<Answer>, Arc<Error>>;
+/// A batch that may be the one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// ElevenLabs' id.
+    pub batch_id: String,
+    /// Why nobody can tell, for a person.
+    pub why: String,
+}
+
+/// What has come of a reading. After an error nothing is known.
+pub type Looked = Result<Seen, Arc<Error>>;
 
 /// Looks for lost batches: many with one reading of the list, because an outage loses many answers
 /// at once. Remembers of the other batches whose they are: a campaign may have hundreds with one
 /// name, and each is asked for once.
 pub struct Finder {
-    vendor: Client,
+    pub(super) vendor: Client,
     readings: Semaphore,
     candidates: Semaphore,
     waiting: Mutex<Vec<Look>>,
@@ -69,29 +78,42 @@ pub struct Finder {
 
 /// A look: it waits for a reading of the list that begins after it.
 struct Look {
-    lost: Lost,
+    key: SearchKey,
     age: Box<dyn Fn() -> Duration + Send>,
     /// The second, by the vendor's clock, from which on the batch can have been created.
     since: i64,
-    /// Why a batch that it could be cannot be ruled out.
+    /// Why nothing can be said.
     inconclusive: Option<Arc<Error>>,
+    undecided: Vec<Candidate>,
     tell: oneshot::Sender<Looked>,
 }
 
 impl Look {
     fn is_for(&self, listed: &Listed) -> bool {
-        self.since <= listed.created_at_unix && self.lost.name.trim() == listed.name.trim()
+        !listed.is_anothers(&self.key, self.since)
     }
 
     /// The list says of a batch what a submit answers.
     fn adopt(self, raw: &RawValue) {
         let answer = Answer::read(raw.to_owned());
-        self.tell(answer.map(Some).map_err(|reason| Arc::new(Error::unreadable(&reason))));
+        self.tell(answer.map(Seen::Batch).map_err(|reason| Arc::new(Error::unreadable(&reason))));
     }
 
     fn not_found(mut self) {
-        let inconclusive = self.inconclusive.take();
-        self.tell(inconclusive.map_or(Ok(None), Err));
+        let undecided = std::mem::take(&mut self.undecided);
+        let looked = match self.inconclusive.take() {
+            Some(error) => Err(error),
+            None if undecided.is_empty() => Ok(Seen::Absent),
+            None => Ok(Seen::Undecided(undecided)),
+        };
+        self.tell(looked);
+    }
+
+    fn doubt(&mut self, listed: &Listed, why: &str) {
+        if self.undecided.len() < MOST_CANDIDATES {
+            let (batch_id, why) = (listed.id.clone(), why.to_owned());
+            self.undecided.push(Candidate { batch_id, why });
+        }
     }
 
     fn tell(self, looked: Looked) {
@@ -103,7 +125,7 @@ impl Look {
 /// The newest batches whose marker is known. It never changes.
 #[derive(Default)]
 struct Known {
-    /// A hash of the command id in the marker.
+    /// A hash of the marker.
     by_batch: HashMap<Arc<str>, u64>,
     oldest: VecDeque<Arc<str>>,
 }
@@ -120,11 +142,16 @@ impl Finder {
         }
     }
 
-    /// Whose a batch is, by its submit's answer or by its marker.
+    /// Whose a batch is, by its submit's answer.
     pub fn note(&self, batch_id: &str, command_id: &str) {
+        self.remember(batch_id, &marker(command_id));
+    }
+
+    fn remember(&self, batch_id: &str, marker: &str) {
         let batch_id: Arc<str> = batch_id.into();
         let mut known = self.known();
-        if known.by_batch.insert(Arc::clone(&batch_id), hash(command_id)).is_none() {
+        let marker = hash(&marker.to_ascii_lowercase());
+        if known.by_batch.insert(Arc::clone(&batch_id), marker).is_none() {
             known.oldest.push_back(batch_id);
         }
         if known.oldest.len() > REMEMBERED
@@ -139,13 +166,13 @@ impl Finder {
     /// ask again for what this one has learned.
     pub async fn look(
         self: &Arc<Self>,
-        lost: &Lost,
+        key: &SearchKey,
         age: impl Fn() -> Duration + Send + 'static,
     ) -> Looked {
         let (tell, told) = oneshot::channel();
-        let (lost, age) = (lost.clone(), Box::new(age));
-        let agent_id = lost.agent_id.clone();
-        self.waiting().push(Look { lost, age, since: i64::MIN, inconclusive: None, tell });
+        let (key, age, agent_id) = (key.clone(), Box::new(age), key.agent_id.clone());
+        let (since, inconclusive, undecided) = (i64::MIN, None, Vec::new());
+        self.waiting().push(Look { key, age, since, inconclusive, undecided, tell });
         let finder = Arc::clone(self);
         // Not in this task: whoever stops looking must not stop the others.
         #[expect(
@@ -162,7 +189,7 @@ impl Finder {
     /// Every look that waits for a reading of this agent's batches; none where an earlier reading has
     /// taken them.
     fn take(&self, agent_id: &str) -> Vec<Look> {
-        self.waiting().extract_if(.., |look| look.lost.agent_id == agent_id).collect()
+        self.waiting().extract_if(.., |look| look.key.agent_id == agent_id).collect()
     }
 
     /// Reads the list once, and tells every look what that has come to.
@@ -196,11 +223,13 @@ impl Finder {
             let batches: Vec<(Listed, &RawValue)> = batches.collect();
             self.search(looks, &batches).await;
             if batches.len() < page.batch_calls.len() {
-                return Err(Error::unreadable("a batch in the list has no id, name or time"));
+                return Err(Error::unreadable("a batch in the list has no id"));
             }
             // One page that is too old as a whole ends a look: not every list is in perfect order.
-            let newest = batches.iter().map(|(listed, _)| listed.created_at_unix).max();
-            let past = |look: &mut Look| newest.is_some_and(|newest| newest < look.since);
+            let past = |look: &mut Look| {
+                !batches.is_empty()
+                    && batches.iter().all(|(listed, _)| listed.is_older_than(look.since))
+            };
             looks.extract_if(.., past).for_each(Look::not_found);
             if !page.has_more && page.next_doc.is_none() {
                 return Ok(());
@@ -216,25 +245,28 @@ impl Finder {
 
     /// Looks at those batches of a page that a look could be for.
     async fn search<'a>(&self, looks: &mut Vec<Look>, page: &'a [(Listed, &'a RawValue)]) {
-        let lost: HashSet<u64> = looks.iter().map(|look| hash(&look.lost.command_id)).collect();
-        let wanted = |(listed, _): &&(Listed, &RawValue)| {
-            looks.iter().any(|look| look.is_for(listed)) && !self.is_others(&listed.id, &lost)
-        };
-        let candidates: Vec<_> = page.iter().filter(wanted).collect();
+        let wanted: HashSet<u64> =
+            looks.iter().map(|look| hash(&marker(&look.key.command_id))).collect();
+        let candidates = page.iter().filter(|(listed, _)| {
+            looks.iter().any(|look| look.is_for(listed)) && !self.is_others(&listed.id, &wanted)
+        });
         let ask = |(listed, raw): &'a (Listed, &'a RawValue)| {
-            let markers = self.markers(listed, &lost);
-            async move { (listed, *raw, markers.await) }.boxed()
+            let shown = self.shown(listed, &wanted);
+            async move { (listed, *raw, shown.await) }.boxed()
         };
         // Collected, because the compiler cannot see of a lazy one that it may change threads.
-        let asked: Vec<_> = candidates.into_iter().map(ask).collect();
+        let asked: Vec<_> = candidates.map(ask).collect();
         let mut asked = stream::iter(asked).buffer_unordered(CANDIDATES_AT_ONCE);
         while !looks.is_empty()
-            && let Some((listed, raw, markers)) = asked.next().await
+            && let Some((listed, raw, shown)) = asked.next().await
         {
-            match markers {
-                Ok(command_ids) => {
-                    let its = |look: &mut Look| command_ids.contains(&look.lost.command_id);
-                    looks.extract_if(.., its).for_each(|look| look.adopt(raw));
+            match shown {
+                Ok(Sight::Others) => {}
+                Ok(Sight::Shown(shown)) => judge(looks, listed, raw, &shown),
+                Ok(Sight::Hidden(why)) => {
+                    for look in looks.iter_mut().filter(|look| look.is_for(listed)) {
+                        look.doubt(listed, why);
+                    }
                 }
                 Err(error) => {
                     let error = Arc::new(error);
@@ -246,45 +278,39 @@ impl Finder {
         }
     }
 
-    /// Whose the batch is; nobody's where it is known to be none of the lost. The proof is the
-    /// marker alone: how many calls ElevenLabs counts is its own business.
-    async fn markers(
-        &self,
-        listed: &Listed,
-        lost: &HashSet<u64>,
-    ) -> Result<BTreeSet<String>, Error> {
+    /// What the recipients of a batch show.
+    async fn shown(&self, listed: &Listed, wanted: &HashSet<u64>) -> Result<Sight, Error> {
         // A batch with 10,000 recipients has megabytes, and a campaign many of them.
         let _turn = self.candidates.acquire().await;
         // Another reading may have learned it meanwhile.
-        if self.is_others(&listed.id, lost) {
-            return Ok(BTreeSet::new());
+        if self.is_others(&listed.id, wanted) {
+            return Ok(Sight::Others);
         }
         // One that could not be asked for is no other's on that ground.
-        let id = BatchId::try_from(listed.id.clone())
-            .map_err(|_| Error::unreadable("a batch in the list has an id of another form"))?;
-        let batch = self.vendor.get(&id).await?.data;
-        let small = batch.get().len() <= INLINE_BYTES;
-        let read = move || {
-            let marked = serde_json::from_str::<Marked>(batch.get()).ok()?;
-            Some((marked.command_ids(), marked.recipients.len() as u64))
+        let Ok(id) = BatchId::try_from(listed.id.clone()) else {
+            return Ok(Sight::Hidden("its id has a form that cannot be asked for"));
         };
+        let batch = match self.vendor.get(&id).await {
+            Ok(answer) => answer.data,
+            Err(Error::Refused { status: 404, .. }) => {
+                return Ok(Sight::Hidden("it is in the list, and cannot be read"));
+            }
+            Err(error) => return Err(error),
+        };
+        let small = batch.get().len() <= INLINE_BYTES;
+        let read = move || Shown::read(batch.get());
         let read = if small { read() } else { spawn_blocking(read).await.ok().flatten() };
-        let (command_ids, recipients) =
-            read.ok_or_else(|| Error::unreadable("the recipients cannot be read"))?;
-        let expected = listed.total_calls_scheduled.unwrap_or_default().max(1);
-        if command_ids.is_empty() && recipients < expected {
-            return Err(Error::unreadable("the batch does not have all of its recipients yet"));
-        }
+        let shown = read.ok_or_else(|| Error::unreadable("the recipients cannot be read"))?;
         // That there is none may change: what is listed may not be complete yet.
-        if let (1, Some(command_id)) = (command_ids.len(), command_ids.first()) {
-            self.note(&listed.id, command_id);
+        if let Some(owner) = shown.owner() {
+            self.remember(&listed.id, owner);
         }
-        Ok(command_ids)
+        Ok(Sight::Shown(shown))
     }
 
     /// Whether a batch is known to be none of these commands'.
-    fn is_others(&self, batch_id: &str, lost: &HashSet<u64>) -> bool {
-        self.known().by_batch.get(batch_id).is_some_and(|marker| !lost.contains(marker))
+    fn is_others(&self, batch_id: &str, wanted: &HashSet<u64>) -> bool {
+        self.known().by_batch.get(batch_id).is_some_and(|marker| !wanted.contains(marker))
     }
 
     fn waiting(&self) -> MutexGuard<'_, Vec<Look>> {
@@ -298,22 +324,43 @@ impl Finder {
     }
 }
 
+/// What can be seen of one batch.
+enum Sight {
+    Shown(Shown),
+    /// It is known to be another command's.
+    Others,
+    /// Nothing, for this reason.
+    Hidden(&'static str),
+}
+
+/// Whose batch it is, of those who look.
+fn judge(looks: &mut Vec<Look>, listed: &Listed, raw: &RawValue, shown: &Shown) {
+    let ours = |look: &mut Look| shown.judge(&look.key) == Judgement::Ours;
+    looks.extract_if(.., ours).for_each(|look| look.adopt(raw));
+    for look in looks.iter_mut().filter(|look| look.is_for(listed)) {
+        if shown.judge(&look.key) == Judgement::Undecided {
+            look.doubt(
+                listed,
+                "its recipients show neither a marker that can be read nor a number of others",
+            );
+        }
+    }
+}
+
 /// Two that collide cost one look at a batch that is another's.
-fn hash(command_id: &str) -> u64 {
+fn hash(marker: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
-    command_id.hash(&mut hasher);
+    marker.hash(&mut hasher);
     hasher.finish()
 }
 
 /// The second, by the vendor's clock, from which on the batch can have been created.
 fn first_second(headers: &HeaderMap, age: Duration) -> i64 {
     let date = headers.get(DATE).and_then(|value| value.to_str().ok());
-    let (now, slack) = match date.and_then(|date| httpdate::parse_http_date(date).ok()) {
-        Some(now) => (now, SLACK),
-        None => (SystemTime::now(), SLACK_OF_CLOCKS),
-    };
+    let date = date.and_then(|date| httpdate::parse_http_date(date).ok());
+    let now = date.unwrap_or_else(SystemTime::now);
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.saturating_sub(age).saturating_sub(slack).as_secs()).unwrap_or(i64::MAX)
+    i64::try_from(now.saturating_sub(age).saturating_sub(SLACK).as_secs()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -336,7 +383,7 @@ mod tests {
     #[test]
     fn a_batch_is_anothers_only_where_its_marker_is_known_to_be() {
         let finder = finder();
-        let is_others = |id, of| finder.is_others(id, &HashSet::from([hash(of)]));
+        let is_others = |id, of| finder.is_others(id, &HashSet::from([hash(&marker(of))]));
         assert!(!is_others("b", "c-1"), "nothing is known of it");
         finder.note("b", "c-2");
         assert!(is_others("b", "c-1"));
@@ -351,28 +398,11 @@ mod tests {
     #[test]
     fn the_list_is_read_back_to_before_the_first_attempt_by_the_vendors_clock() {
         let mut headers = HeaderMap::new();
-        headers.insert(DATE, HeaderValue::from_static("Thu, 01 Jan 1970 01:00:00 GMT"));
-        assert_eq!(first_second(&headers, Duration::from_secs(60)), 3600 - 60 - 120);
+        headers.insert(DATE, HeaderValue::from_static("Thu, 01 Jan 1970 02:00:00 GMT"));
+        assert_eq!(first_second(&headers, Duration::from_secs(60)), 3600 - 60);
         assert_eq!(first_second(&headers, Duration::MAX), 0);
         let by_our_clock = first_second(&HeaderMap::new(), Duration::ZERO);
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
         assert!(i64::try_from(now).unwrap() - by_our_clock >= 3600);
-    }
-
-    #[test]
-    fn a_marker_is_found_on_any_recipient_and_nothing_else_is_taken_for_one() {
-        let by = |json: &str| {
-            serde_json::from_str::<Marked>(json).unwrap().command_ids().contains("c-1")
-        };
-        let recipient = |data: &str| {
-            format!(
-                r#"{{"recipients":[{{"id":"r"}},{{"conversation_initiation_client_data":{data}}}]}}"#
-            )
-        };
-        assert!(by(&recipient(r#"{"dynamic_variables":{"x":1,"call_manager_command_id":"c-1"}}"#)));
-        assert!(!by(&recipient(r#"{"dynamic_variables":{"call_manager_command_id":"c-12"}}"#)));
-        assert!(!by(&recipient(r#"{"dynamic_variables":null}"#)));
-        assert!(!by(&recipient("null")));
-        assert!(!by(r#"{"recipients":[]}"#));
     }
 }

@@ -1,13 +1,13 @@
 //! The vendor's JSON: what a submit looks like on the wire, and the few fields read from answers.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-use crate::domain::command::{COMMAND_ID_VARIABLE, Recipient, Submit};
+use crate::domain::command::{COMMAND_ID_VARIABLE, Recipient, Submit, marker};
 
 /// The encoded body of a submit, cheap to send again.
 #[derive(Clone)]
@@ -17,13 +17,14 @@ impl SubmitRequest {
     /// Encodes `submit`, with the marker that lets its batch be recognised on every recipient.
     /// 10,000 recipients take milliseconds: call it off the reactor for large batches.
     pub fn encode(submit: &Submit, command_id: &str) -> Result<Self, serde_json::Error> {
+        let marker = marker(command_id);
         let recipients = submit.recipients.iter();
         let body = Body {
             call_name: &submit.call_name,
             agent_id: &submit.agent_id,
             agent_phone_number_id: &submit.agent_phone_number_id,
             recipients: recipients
-                .map(|recipient| WireRecipient::new(recipient, command_id))
+                .map(|recipient| WireRecipient::new(recipient, &marker))
                 .collect(),
             scheduled_time_unix: submit.scheduled_time_unix.as_deref(),
             timezone: submit.timezone.as_deref(),
@@ -69,7 +70,7 @@ struct ClientData<'a> {
 
 struct Variables<'a> {
     given: &'a BTreeMap<String, Box<RawValue>>,
-    command_id: &'a str,
+    marker: &'a str,
 }
 
 impl Serialize for Variables<'_> {
@@ -78,17 +79,17 @@ impl Serialize for Variables<'_> {
         for (name, value) in self.given {
             map.serialize_entry(name, value)?;
         }
-        map.serialize_entry(COMMAND_ID_VARIABLE, self.command_id)?;
+        map.serialize_entry(COMMAND_ID_VARIABLE, self.marker)?;
         map.end()
     }
 }
 
 impl<'a> WireRecipient<'a> {
-    fn new(recipient: &'a Recipient, command_id: &'a str) -> Self {
+    fn new(recipient: &'a Recipient, marker: &'a str) -> Self {
         Self {
             phone_number: &recipient.phone_number,
             conversation_initiation_client_data: ClientData {
-                dynamic_variables: Variables { given: &recipient.dynamic_variables, command_id },
+                dynamic_variables: Variables { given: &recipient.dynamic_variables, marker },
             },
         }
     }
@@ -104,6 +105,11 @@ pub(super) struct Batch {
     pub phone_provider: Option<String>,
 }
 
+/// Whether a JSON text is an object. serde reads a struct from an array, too.
+pub(super) fn is_object(json: &str) -> bool {
+    json.trim_start().starts_with('{')
+}
+
 /// A page of the workspace's list of batches, newest first.
 #[derive(Deserialize)]
 pub(super) struct Page<'a> {
@@ -113,74 +119,6 @@ pub(super) struct Page<'a> {
     pub next_doc: Option<String>,
     #[serde(default)]
     pub has_more: bool,
-}
-
-/// What a batch in the list is recognised by.
-#[derive(Deserialize)]
-pub(super) struct Listed {
-    pub id: String,
-    pub name: String,
-    pub created_at_unix: i64,
-    #[serde(default)]
-    pub total_calls_scheduled: Option<u64>,
-}
-
-/// A batch with its recipients, of which only the marker is read.
-#[derive(Deserialize)]
-pub(super) struct Marked {
-    pub recipients: Vec<MarkedRecipient>,
-}
-
-#[derive(Deserialize)]
-pub(super) struct MarkedRecipient {
-    conversation_initiation_client_data: Option<MarkedData>,
-}
-
-#[derive(Deserialize)]
-struct MarkedData {
-    dynamic_variables: Option<Marker>,
-}
-
-#[derive(Deserialize)]
-struct Marker {
-    /// Another program's may be anything.
-    call_manager_command_id: Option<serde_json::Value>,
-}
-
-impl Marked {
-    /// The commands whose marker a recipient carries: one for a batch of this worker's making.
-    pub fn command_ids(&self) -> BTreeSet<String> {
-        let recipients = self.recipients.iter();
-        recipients
-            .filter_map(|recipient| recipient.conversation_initiation_client_data.as_ref())
-            .filter_map(|data| data.dynamic_variables.as_ref()?.call_manager_command_id.as_ref())
-            .filter_map(serde_json::Value::as_str)
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .map(str::to_owned)
-            .collect()
-    }
-}
-
-/// The vendor's error bodies: current, older, and validation errors.
-#[derive(Deserialize)]
-pub(super) struct ErrorBody {
-    pub detail: Detail,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-pub(super) enum Detail {
-    Described { message: String },
-    Invalid(Vec<InvalidField>),
-    Text(String),
-}
-
-#[derive(Deserialize)]
-pub(super) struct InvalidField {
-    #[serde(default)]
-    pub loc: Vec<serde_json::Value>,
-    pub msg: String,
 }
 
 #[cfg(test)]
@@ -206,14 +144,15 @@ mod tests {
                                "dynamic_variables":{"x":1.0,"big":12345678901234567890,"n":null}},
                               {"phone_number":"+14155550101"}]}"#,
         );
+        let sent = sent.replace(&marker("c-1"), "<marker>");
         assert_eq!(
             sent,
             concat!(
                 r#"{"call_name":"n","agent_id":"a","agent_phone_number_id":"p","recipients":["#,
                 r#"{"phone_number":"+14155550100","conversation_initiation_client_data":{"dynamic_variables":"#,
-                r#"{"big":12345678901234567890,"n":null,"x":1.0,"call_manager_command_id":"c-1"}}},"#,
+                r#"{"big":12345678901234567890,"n":null,"x":1.0,"call_manager_command_id":"<marker>"}}},"#,
                 r#"{"phone_number":"+14155550101","conversation_initiation_client_data":{"dynamic_variables":"#,
-                r#"{"call_manager_command_id":"c-1"}}}]}"#,
+                r#"{"call_manager_command_id":"<marker>"}}}]}"#,
             )
         );
     }

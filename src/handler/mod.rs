@@ -1,6 +1,11 @@
 //! Executes one command: claim, call the vendor, record, result. Knows no AMQP.
 
+mod existing;
+mod finish;
+mod keys;
+mod origin;
 mod outcome;
+mod step;
 mod submit;
 mod turn;
 mod vendor;
@@ -13,23 +18,21 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 use uuid::Uuid;
 
-use crate::domain::command::{BatchId, Command, CommandKind, CommandMessage, Target};
+use crate::domain::command::{Command, CommandKind, CommandMessage, Target};
 use crate::domain::result::{Ending, ErrorCode, Outcome, ResultEvent, ResultOf};
-use crate::domain::{Earlier, Rejection};
-use crate::elevenlabs::{Answer, Breaker, Class, Client, Error, Finder, Lost, SubmitRequest};
-use crate::ledger::{Found, History, Ledger};
+use crate::domain::{Earlier, Rejection, short};
+use crate::elevenlabs::{Breaker, Class, Client, Finder, SubmitRequest};
+use crate::ledger::{Body, Ended, Found, Ledger};
 use crate::retry::Policy;
 use crate::telemetry::chain;
 
 pub use crate::elevenlabs::State as VendorState;
+pub use finish::Unpublished;
 
+use keys::SeenKeys;
+use origin::Origin;
 use submit::SubmitJob;
-use turn::{Clearance, Deferral, Next, Turn};
-use vendor::Key;
-
-/// How often to ask whether a submit that is in hand has ended.
-const LOOKING: Policy =
-    Policy { initial: Duration::from_millis(50), max: Duration::from_millis(500), horizon: None };
+use turn::Turn;
 
 /// Larger bodies are parsed off the reactor: 10,000 recipients take some 20 ms.
 const INLINE_BODY_BYTES: usize = 256 * 1024;
@@ -53,7 +56,12 @@ pub struct Stopping {
 /// What became of a command.
 pub enum Handled {
     /// It has a result, to be published before the command is acknowledged.
-    Answered(Arc<ResultEvent>),
+    Answered {
+        /// The result.
+        event: Arc<ResultEvent>,
+        /// The ledger keeps it, and has to be told when it is published.
+        is_recorded: bool,
+    },
     /// It has none yet, and has to wait too long for a command in hand: to a delay queue, from where
     /// it comes back.
     Deferred {
@@ -68,6 +76,8 @@ pub enum Handled {
         event: Arc<ResultEvent>,
         /// Why, for who finds it there.
         reason: String,
+        /// The ledger keeps the result, and has to be told when it is published.
+        is_recorded: bool,
     },
     /// It has none, and nothing is lost by that: back to its queue. The worker is stopping.
     GivenBack,
@@ -80,6 +90,7 @@ pub struct Handler {
     ledger: Ledger,
     retry: Policy,
     settling_window: Duration,
+    seen_keys: SeenKeys,
     large_bodies: Arc<Semaphore>,
 }
 
@@ -132,18 +143,6 @@ struct Tried {
     in_doubt: bool,
 }
 
-/// The end of a series of attempts.
-enum Attempts {
-    Ended(Result<Answer, Error>),
-    /// The horizon is over, and the vendor asks for more time, or refuses the key.
-    GivenUp(String),
-    /// `not_after` has passed.
-    Expired,
-    Deferred(Deferral),
-    /// The worker is stopping.
-    Stopped,
-}
-
 impl Handler {
     /// A handler that remembers submits in `ledger`.
     pub fn new(vendor: Client, ledger: Ledger, timing: Timing) -> Self {
@@ -153,6 +152,7 @@ impl Handler {
             ledger,
             retry: timing.retry,
             settling_window: timing.settling_window,
+            seen_keys: SeenKeys::default(),
             large_bodies: Arc::new(Semaphore::new(LARGE_BODIES_AT_ONCE)),
         }
     }
@@ -171,44 +171,16 @@ impl Handler {
                 return answered(&message, &command_id, ResultOf::Refusal, ending);
             }
         };
-        let deadline = message.deadline().unwrap_or_default();
-        let mut turn = Turn::begin(self.retry, message.earlier.clone(), deadline);
-        let (kind, target) = match job {
+        let deadline = message.begin_before();
+        let turn = Turn::begin(self.retry, message.earlier.clone(), deadline);
+        match job {
             Job::Submit(submit) => {
-                return self.submit(&message, &command_id, &submit, turn, stopping).await;
+                self.submit(&message, &command_id, &submit, turn, stopping).await
             }
-            Job::Existing(kind, target) => (kind, target),
-        };
-        let mut tried = Tried {
-            attempts: turn.earlier().attempts,
-            // Whoever had it before, and left no word, may have sent it.
-            in_doubt: turn.earlier().in_doubt || message.came_back() > 0,
-        };
-        let outcome = match self.batch_of(kind, target, &turn, tried, stopping).await {
-            Looked::Batch(id) => {
-                let attempts = if kind == CommandKind::Cancel {
-                    let call = || self.cancel(&id);
-                    self.attempt(kind, &mut turn, &mut tried, stopping, call).await
-                } else {
-                    let call = || self.vendor.get(&id);
-                    self.attempt(kind, &mut turn, &mut tried, stopping, call).await
-                };
-                match attempts {
-                    Attempts::Ended(Ok(answer)) => outcome::succeeded(answer, None),
-                    Attempts::Ended(Err(error)) => outcome::not_done(kind, &error, tried),
-                    Attempts::GivenUp(reason) => outcome::given_up(kind, &reason, tried),
-                    Attempts::Expired => outcome::too_late(kind, tried),
-                    Attempts::Deferred(deferral) => return deferred(deferral, tried),
-                    // To read or to cancel twice is harmless.
-                    Attempts::Stopped => return Handled::GivenBack,
-                }
+            Job::Existing(kind, target) => {
+                self.existing(&message, &command_id, (kind, target), turn, stopping).await
             }
-            Looked::Nothing(outcome) => outcome,
-            Looked::Deferred(deferral) => return deferred(deferral, tried),
-            Looked::Stopped => return Handled::GivenBack,
-        };
-        let ending = Ending { attempts: tried.attempts, outcome };
-        answered(&message, &command_id, ResultOf::Command, ending)
+        }
     }
 
     /// Gives up a command that came back `deliveries` times: without reading its body, which may be
@@ -222,32 +194,65 @@ impl Handler {
         };
         // An id that is refused is no id of a submit.
         let is_known = message.producer_id().is_some() && message.check_ids().is_ok();
-        let ending = if kind == CommandKind::Submit && is_known {
-            let ending = |begun: Option<History>| match begun {
-                None => poison.clone(),
-                Some(history) => Ending {
-                    attempts: history.attempts,
-                    outcome: outcome::poison_begun(&command_id, deliveries),
-                },
-            };
-            match self.ledger.condemn(&command_id, ending).await {
-                Ok(Found::Settled(ending)) => ending,
+        let (of, ending) = if kind == CommandKind::Submit && is_known {
+            let condemned = self.condemn_submit(message, &command_id, &poison, deliveries).await;
+            let Some(condemned) = condemned else {
                 // Nothing is answered that is not known to be true.
-                Ok(Found::InHand | Found::Nobody) | Err(_) => {
-                    let earlier = message.earlier.set_aside(deliveries);
-                    return Handled::Deferred { wait: Duration::ZERO, earlier };
-                }
-            }
+                let earlier = message.earlier.set_aside(deliveries);
+                return Handled::Deferred { wait: Duration::ZERO, earlier };
+            };
+            condemned
         } else {
-            poison
+            (ResultOf::Command, poison)
         };
-        let event = Arc::new(ResultEvent::new(message, &command_id, ResultOf::Command, ending));
+        let event = Arc::new(ResultEvent::new(message, &command_id, of, ending));
         let said = event.error_code().map_or("the batch exists", ErrorCode::name);
         let reason = format!(
             "{}: it came back {deliveries} times without an end; its result says: {said}",
             ErrorCode::PoisonMessage
         );
-        Handled::Condemned { event, reason }
+        let is_recorded = kind == CommandKind::Submit && of == ResultOf::Command;
+        Handled::Condemned { event, reason, is_recorded }
+    }
+
+    /// Records that a submit is given up; `None` where somebody has it, or the ledger cannot be used.
+    async fn condemn_submit(
+        &self,
+        message: &CommandMessage,
+        command_id: &str,
+        poison: &Ending,
+        deliveries: u32,
+    ) -> Option<(ResultOf, Ending)> {
+        let ending_of = |attempts, begun| {
+            let outcome = outcome::poison_begun(command_id, deliveries);
+            if begun { Ending { attempts, outcome } } else { poison.clone() }
+        };
+        let (hash, doubt) = (hash(&message.body), self.is_in_doubt(message));
+        match self.ledger.condemn(command_id, hash, doubt, ending_of).await {
+            Ok(Found::Settled(ended)) => Some((ResultOf::Command, ended.ending)),
+            // The row is another message's: neither its result is this one's, nor this one's its.
+            Ok(Found::Conflict) => Some((ResultOf::Refusal, poison.clone())),
+            Ok(Found::InHand | Found::Nobody) | Err(_) => None,
+        }
+    }
+
+    /// Whether somebody may have begun a submit that the ledger does not know: its message has met a
+    /// row, which another ledger has, or it came back, and this ledger was not there all the time.
+    fn is_in_doubt(&self, message: &CommandMessage) -> bool {
+        let Earlier { met_row, in_doubt, .. } = message.earlier;
+        met_row || in_doubt || message.came_back() > 0 && !self.ledger.was_drained()
+    }
+
+    /// Notes that no submit waits in any queue: see [`Ledger::note_drained`].
+    pub async fn note_drained(&self) {
+        if let Err(error) = self.ledger.note_drained().await {
+            info!(error = chain(&error), "it is not noted that the queues were empty");
+        }
+    }
+
+    /// How long a command is retried.
+    pub fn horizon(&self) -> Duration {
+        self.retry.horizon.unwrap_or_default()
     }
 
     /// Why the ledger cannot be written, if so.
@@ -277,147 +282,6 @@ impl Handler {
         .await;
         parsed.unwrap_or_else(|_| Err(Rejection::of("the body could not be read")))
     }
-
-    /// A cancel that finds the batch already cancelled has what it wanted.
-    async fn cancel(&self, id: &BatchId) -> Result<Answer, Error> {
-        let refused = match self.vendor.cancel(id).await {
-            Err(error @ (Error::Refused { .. } | Error::Inconclusive { status: 409, .. })) => error,
-            other => return other,
-        };
-        match self.vendor.get(id).await {
-            Ok(batch) if batch.status.as_deref() == Some("cancelled") => Ok(batch),
-            // Not known yet: the next attempt asks both again.
-            Err(error) if refused.class() == Class::Refused && error.class() != Class::Refused => {
-                Err(error)
-            }
-            Ok(_) | Err(_) => Err(refused),
-        }
-    }
-
-    /// The batch that a cancel or a get is about. Waits for a submit that is in hand.
-    async fn batch_of(
-        &self,
-        kind: CommandKind,
-        target: Target,
-        turn: &Turn,
-        tried: Tried,
-        stopping: &Stopping,
-    ) -> Looked {
-        let submit_id = match target {
-            Target::Batch(id) => return Looked::Batch(id),
-            Target::Submit(id) => id,
-        };
-        let mut pace = LOOKING.start();
-        let mut strike = kind == CommandKind::Cancel;
-        loop {
-            if turn.has_expired() {
-                return Looked::Nothing(outcome::too_late(kind, tried));
-            }
-            let found = self.ledger.find(&submit_id, strike).await;
-            let is_away = found.is_err();
-            // One is enough, and each is a write.
-            strike &= is_away;
-            match found {
-                Ok(Found::Nobody) => {
-                    return Looked::Nothing(outcome::nothing_begun(kind, &submit_id));
-                }
-                Ok(Found::Settled(ending)) => {
-                    let id = ending.batch_id().and_then(|id| BatchId::try_from(id.to_owned()).ok());
-                    return match id {
-                        Some(id) => Looked::Batch(id),
-                        None => Looked::Nothing(outcome::no_batch(&submit_id, &ending)),
-                    };
-                }
-                Ok(Found::InHand) if turn.remaining(Duration::ZERO).is_zero() => {
-                    return Looked::Nothing(outcome::still_in_hand(kind, &submit_id));
-                }
-                Ok(Found::InHand) | Err(_) => {}
-            }
-            let left = turn.left_in_hand().min(turn.remaining(Duration::ZERO));
-            if left.is_zero() {
-                return Looked::Deferred(if is_away {
-                    turn.patient_deferral(Duration::ZERO)
-                } else {
-                    turn.deferral(Duration::ZERO)
-                });
-            }
-            tokio::select! {
-                () = tokio::time::sleep(pace.next_wait(None).unwrap_or_default().min(left)) => {}
-                () = stopping.soon.cancelled() => return Looked::Stopped,
-            }
-        }
-    }
-
-    /// Calls until there is an end: an answer, a refusal, the retry horizon, or a stop. To read or
-    /// to cancel once more is harmless, whatever became of the attempt before.
-    async fn attempt<F>(
-        &self,
-        kind: CommandKind,
-        turn: &mut Turn,
-        tried: &mut Tried,
-        stopping: &Stopping,
-        call: impl Fn() -> F,
-    ) -> Attempts
-    where
-        F: Future<Output = Result<Answer, Error>>,
-    {
-        loop {
-            match self.clearance(kind, turn, &stopping.soon).await {
-                Clearance::Call => {}
-                Clearance::Defer(deferral) => return Attempts::Deferred(deferral),
-                Clearance::Expired => return Attempts::Expired,
-                Clearance::NoMore(reason) => return Attempts::GivenUp(reason),
-                Clearance::Stopped => return Attempts::Stopped,
-            }
-            tried.attempts += 1;
-            let result = tokio::select! {
-                biased;
-                result = call() => result,
-                () = stopping.now.cancelled() => return Attempts::Stopped,
-            };
-            let Err(error) = &result else { return Attempts::Ended(result) };
-            tried.in_doubt |= error.class() == Class::Unknown;
-            match then(kind, error.class()) {
-                Then::Fail => return Attempts::Ended(result),
-                Then::AskAboutKey => match self.key().await {
-                    Key::Accepted => return Attempts::Ended(result),
-                    Key::Refused => continue,
-                    Key::Unknown => {}
-                },
-                Then::Again | Then::Look => {}
-            }
-            let wait = match turn.next(error.retry_after()) {
-                Next::Wait(wait) => wait,
-                Next::Defer(deferral) => return Attempts::Deferred(deferral),
-                // Whether it is the key could not be found out.
-                Next::Over if error.class() == Class::Unauthorized => {
-                    return Attempts::GivenUp(error.to_string());
-                }
-                Next::Over => return Attempts::Ended(result),
-            };
-            info!(
-                command = kind.name(),
-                attempt = tried.attempts,
-                wait_ms = wait.as_millis(),
-                request_id = error.request_id(),
-                error = chain(error),
-                "will try again"
-            );
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                () = stopping.soon.cancelled() => return Attempts::Stopped,
-            }
-        }
-    }
-}
-
-/// What a cancel or a get is about.
-enum Looked {
-    Batch(BatchId),
-    /// There is no batch (yet).
-    Nothing(Outcome),
-    Deferred(Deferral),
-    Stopped,
 }
 
 fn command_id(message: &CommandMessage) -> String {
@@ -430,28 +294,34 @@ fn prepare(message: &CommandMessage, command_id: &str) -> Result<Job, Rejection>
         Command::Submit(submit) => {
             let request = SubmitRequest::encode(&submit, command_id)
                 .map_err(|_| Rejection::of("the body could not be encoded for ElevenLabs"))?;
-            Job::Submit(Box::new(SubmitJob {
-                request,
+            let origin = Origin::new(message, command_id, &submit);
+            let body = Body {
                 fingerprint: submit.fingerprint(),
-                lost: Lost {
-                    command_id: command_id.to_owned(),
-                    agent_id: submit.agent_id,
-                    name: submit.call_name,
-                },
-                phone_provider: submit.phone_provider,
-            }))
+                hash: hash(&message.body),
+                origin: origin.to_json(),
+            };
+            Job::Submit(Box::new(SubmitJob { request, body, origin }))
         }
         Command::Cancel(target) => Job::Existing(CommandKind::Cancel, target),
         Command::Get(target) => Job::Existing(CommandKind::Get, target),
     })
 }
 
-fn answered(message: &CommandMessage, command_id: &str, of: ResultOf, ending: Ending) -> Handled {
-    Handled::Answered(Arc::new(ResultEvent::new(message, command_id, of, ending)))
+/// Of a body's raw bytes, read or not.
+fn hash(body: &[u8]) -> Uuid {
+    short(blake3::hash(body).into())
 }
 
-fn deferred(deferral: Deferral, tried: Tried) -> Handled {
-    let Deferral { wait, asked, age } = deferral;
-    let earlier = Earlier::deferred(age, asked, tried.attempts, tried.in_doubt);
-    Handled::Deferred { wait, earlier }
+fn answered(message: &CommandMessage, command_id: &str, of: ResultOf, ending: Ending) -> Handled {
+    let event = Arc::new(ResultEvent::new(message, command_id, of, ending));
+    Handled::Answered { event, is_recorded: false }
 }
+
+/// What the ledger keeps until the broker has it.
+fn recorded(message: &CommandMessage, command_id: &str, ended: Ended) -> Handled {
+    let event = ResultEvent::new(message, command_id, ResultOf::Command, ended.ending);
+    Handled::Answered { event: Arc::new(event), is_recorded: !ended.published }
+}
+
+#[cfg(test)]
+mod model;

@@ -1,9 +1,9 @@
 //! What a requester gets to read: every failure's sentence, and the warning of a success.
 
-use crate::domain::command::{COMMAND_ID_VARIABLE, CommandKind};
+use crate::domain::command::{COMMAND_ID_VARIABLE, CommandKind, marker};
 use crate::domain::result::{Ending, ErrorCode, Outcome};
 use crate::domain::{excerpt, printable};
-use crate::elevenlabs::{Answer, Class, Error};
+use crate::elevenlabs::{Answer, Class, Error, SearchKey};
 
 use super::Tried;
 
@@ -65,7 +65,7 @@ pub fn given_up(kind: CommandKind, reason: &str, tried: Tried) -> Outcome {
 /// A cancel or a get whose `not_after` has passed.
 pub fn too_late(kind: CommandKind, tried: Tried) -> Outcome {
     if kind == CommandKind::Cancel && tried.in_doubt {
-        cancel_unknown("an earlier attempt had no answer, and its not_after has passed since")
+        cancel_unknown("it was begun, and had no answer before the time in its not_after passed")
     } else {
         expired(tried.attempts)
     }
@@ -80,9 +80,9 @@ pub fn expired(attempts: u32) -> Outcome {
     Outcome::Failed {
         code: ErrorCode::Expired,
         error: format!(
-            "The time in the command's header not_after has passed, so it is not executed any more. \
-             {before}, and nobody is called by it. If it is still wanted, publish it again with a \
-             new message_id and a later not_after."
+            "The time in the command's header not_after, or of its property expiration, has passed, so \
+             it is not executed any more. {before}, and nobody is called by it. If it is still wanted, \
+             publish it again with a new message_id and a later time."
         ),
     }
 }
@@ -113,12 +113,21 @@ pub fn poison_begun(command_id: &str, deliveries: u32) -> Outcome {
         code: ErrorCode::OutcomeUnknown,
         error: format!(
             "It is not known whether ElevenLabs created this batch: the submit came back \
-             {deliveries} times without an end, and is not executed any more. Look in ElevenLabs for \
-             a batch whose recipients carry the dynamic variable {COMMAND_ID_VARIABLE} = \"{}\"; \
-             only if there is none, publish the submit again with a new message_id.",
-            printable(command_id)
+             {deliveries} times without an end, and is not executed any more. {}",
+            how_to_look(command_id, None)
         ),
     }
+}
+
+/// How a person finds the batch, if there is one.
+fn how_to_look(command_id: &str, call_name: Option<&str>) -> String {
+    let named = call_name.map(|name| format!(" named \"{}\"", printable(name))).unwrap_or_default();
+    let marker = marker(command_id);
+    format!(
+        "Look in ElevenLabs for a batch{named} whose recipients carry the dynamic variable \
+         {COMMAND_ID_VARIABLE} = \"{marker}\"; only if there is none, publish the submit again with a \
+         new message_id."
+    )
 }
 
 /// The horizon is over, and it was surely not done.
@@ -144,18 +153,44 @@ pub fn cancel_unknown(reason: &str) -> Outcome {
     }
 }
 
-/// The answer to a submit was lost, and ElevenLabs could not be asked for its batch.
-pub fn submit_unknown(command_id: &str, call_name: &str, lost: &str, asked: &str) -> Outcome {
+/// The answer to a submit was lost, and nobody can tell whether its batch exists.
+pub fn submit_unknown(search: &SearchKey, lost: &str, why: &str) -> Outcome {
     Outcome::Failed {
         code: ErrorCode::OutcomeUnknown,
         error: format!(
-            "It is not known whether ElevenLabs created this batch: {lost}; and ElevenLabs could \
-             not be asked for its batches until RETRY_HORIZON was over: {asked}. Nothing was sent again after that. Look \
-             in ElevenLabs for a batch named \"{}\" whose recipients carry the dynamic variable \
-             {COMMAND_ID_VARIABLE} = \"{}\"; only if there is none, publish the submit again with a \
-             new message_id.",
-            printable(call_name),
-            printable(command_id),
+            "It is not known whether ElevenLabs created this batch: {lost}; then its batch was \
+             searched for, and: {why}. Nothing was sent again. {}",
+            how_to_look(&search.command_id, Some(&search.name))
+        ),
+    }
+}
+
+/// Nothing was created, and without its message the submit cannot be sent again.
+pub fn message_gone(attempts: u32) -> Outcome {
+    Outcome::Failed {
+        code: ErrorCode::UpstreamUnavailable,
+        error: format!(
+            "ElevenLabs created no batch in {attempts} attempt(s), and nobody is called. The submit \
+             was to be tried again, but its message is gone: it has expired, or its queue was purged or \
+             deleted. Publish it again with a new message_id."
+        ),
+    }
+}
+
+/// ElevenLabs does not know a batch that the ledger knows.
+pub fn known_and_gone(kind: CommandKind, batch_id: &str) -> Outcome {
+    let then = match kind {
+        CommandKind::Cancel => {
+            "People may still be called: look at it in ElevenLabs, and publish the cancel again with a \
+             new message_id once the key sees it."
+        }
+        CommandKind::Submit | CommandKind::Get => "Look at it in ElevenLabs.",
+    };
+    Outcome::Failed {
+        code: ErrorCode::OutcomeUnknown,
+        error: format!(
+            "ElevenLabs answers that it does not know the batch \"{batch_id}\", but a submit created \
+             it: it was deleted, or the worker's API key was changed to one that does not see it. {then}"
         ),
     }
 }
@@ -180,9 +215,12 @@ pub fn reused(command_id: &str) -> Outcome {
     Outcome::Failed {
         code: ErrorCode::CommandIdReused,
         error: format!(
-            "The message_id \"{}\" was already used for a submit with another body, so this one was \
-             not executed. Publish it again with a message_id of its own.",
-            excerpt(command_id)
+            "The message_id \"{id}\" belongs to another submit, with another body, and nothing of this \
+             message was executed. The other one's result is on the results exchange with the header \
+             command_id = \"{id}\", and a get with {{\"command_id\": \"{id}\"}} shows its batch. If this \
+             message was meant to be that submit, do not publish it again. Only if it is a campaign of \
+             its own, which nobody was called for yet, publish it with a message_id of its own.",
+            id = excerpt(command_id)
         ),
     }
 }

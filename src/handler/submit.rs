@@ -1,31 +1,32 @@
-//! Executes a submit: claim, look for what an earlier attempt left, send, record.
+//! Executes a submit: claim, search for what an earlier attempt left, send, record.
 
-mod reconcile;
+mod search;
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-use uuid::Uuid;
 
 use crate::crash;
 use crate::domain::Earlier;
-use crate::domain::command::{CommandKind, CommandMessage};
+use crate::domain::command::{BatchId, Command, CommandKind, CommandMessage};
 use crate::domain::result::{Ending, Outcome, ResultOf};
-use crate::elevenlabs::{Answer, Class, Error, Lost, SubmitRequest};
-use crate::ledger::{Claim, Go, Lease, Unavailable};
+use crate::elevenlabs::{Answer, Class, Error, SubmitRequest};
+use crate::ledger::{Attempted, Body, Claim, Ended, Go, Lease, Unavailable};
 use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
 
-use reconcile::Reconciled;
+use search::Searched;
 
+use super::origin::Origin;
 use super::outcome::{
-    expired, failure, provider_warning, reused, struck, submit_unknown, succeeded, unavailable,
+    expired, failure, message_gone, provider_warning, reused, struck, succeeded, unavailable,
 };
+use super::step::{Reason, Standing, Step, next};
 use super::turn::{Clearance, Deferral, May, Next, Turn};
 use super::vendor::Key;
-use super::{Handled, Handler, Stopping, Then, Tried, VendorState, answered, deferred, then};
+use super::{Handled, Handler, Stopping, Then, Tried, VendorState, answered, recorded, then};
 
 /// How often to try a ledger that cannot be used, before anything of a submit has begun.
 const CLAIMING: Policy =
@@ -38,52 +39,71 @@ const RECORDING: Policy = Policy { horizon: Some(Duration::from_secs(60)), ..CLA
 /// How often to ask whether another worker is done.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
-/// A checked submit, encoded for the vendor.
+/// A checked submit, encoded for ElevenLabs.
 pub struct SubmitJob {
+    /// What is sent.
     pub request: SubmitRequest,
-    pub fingerprint: Uuid,
-    pub lost: Lost,
-    pub phone_provider: Option<String>,
+    /// What the claim says of it.
+    pub body: Body,
+    /// What it is finished with.
+    pub origin: Origin,
 }
 
 /// A submit that this task has claimed.
-struct Execution<'a> {
-    handler: &'a Handler,
-    job: &'a SubmitJob,
-    stopping: &'a Stopping,
-    lease: Lease,
+pub(super) struct Execution<'a> {
+    pub handler: &'a Handler,
+    pub origin: &'a Origin,
+    /// `None` where its message does not come back.
+    pub request: Option<&'a SubmitRequest>,
+    pub stopping: &'a Stopping,
+    pub lease: Lease,
     /// Of all workers; the last ones of one that was killed may be missing.
-    attempts: u32,
+    pub attempts: u32,
+    pub turn: &'a mut Turn,
+    pub doubt: Doubt,
     /// This one has sent a request itself.
     sent: bool,
-    /// One of the attempts may have been done although it gave no answer.
-    in_doubt: bool,
-    turn: &'a mut Turn,
+    /// The horizon is over.
+    spent: bool,
     /// While the ledger cannot be used.
     ledger_pace: Option<Schedule>,
 }
 
-/// What comes next in an execution.
-enum Step {
-    /// An answer was lost, so: look for the batch first.
-    Look(String),
-    Send,
-    Exists(Answer),
-    Settle(Outcome),
-    Defer(Deferral),
+/// Whether an attempt may have been done although its outcome is not known.
+pub(super) enum Doubt {
+    None,
+    /// Why, for a person.
+    Since {
+        lost: String,
+        /// This task has seen its own request end, and the ledger does not know it yet.
+        ended: bool,
+    },
+}
+
+/// How an execution ends without an answer.
+pub(super) enum Leave {
+    /// It has to wait too long, for ElevenLabs or for the ledger.
+    Deferred(Deferral),
+    /// It is another worker's now.
     TakenOver,
-    LetGo,
+    /// The worker is stopping.
+    Stopped,
 }
 
 /// The end of an execution.
-enum Executed {
-    Ended(Ending),
-    /// It is another worker's now.
+pub(super) enum Executed {
+    Ended(Ended),
     TakenOver,
-    /// It has to wait too long, for the vendor or for the ledger.
     Deferred(Deferral, Tried),
-    /// The worker is stopping.
-    LetGo,
+    Stopped,
+}
+
+/// The end of a request.
+enum Sent {
+    Done(Answer),
+    Over(Outcome),
+    /// To be decided anew.
+    Undone,
 }
 
 /// The end of a pause.
@@ -115,7 +135,7 @@ impl Handler {
         loop {
             crash::point(1);
             let left = turn.left_in_hand();
-            let claim = match self.ledger.claim(command_id, job.fingerprint).await {
+            let claim = match self.claim(message, command_id, job).await {
                 Ok(claim) => claim,
                 Err(error) => {
                     match wait_for_ledger(&mut pace, left, command_id, &error, &stopping.soon).await
@@ -126,9 +146,10 @@ impl Handler {
                     }
                 }
             };
-            let (lease, before) = match claim {
+            turn.meet_row();
+            let (lease, attempted) = match claim {
                 Claim::Fresh(lease) => (lease, None),
-                Claim::Abandoned(lease, history) => (lease, Some(history)),
+                Claim::Abandoned(lease, attempted) => (lease, Some(attempted)),
                 Claim::Held(_) if left.is_zero() => return held(&turn),
                 Claim::Held(holder) => {
                     tokio::select! {
@@ -137,171 +158,243 @@ impl Handler {
                         () = stopping.soon.cancelled() => return Handled::GivenBack,
                     }
                 }
-                Claim::Settled(ending) => {
-                    return answered(message, command_id, ResultOf::Command, ending);
-                }
+                Claim::Settled(ended) => return recorded(message, command_id, ended),
                 Claim::Conflict => {
                     let ending = Ending { attempts: 0, outcome: reused(command_id) };
                     return answered(message, command_id, ResultOf::Refusal, ending);
                 }
             };
-            let known = before.map_or(0, |before| before.attempts);
-            let execution = Execution {
-                handler: self,
-                job,
-                stopping,
-                lease,
-                attempts: known.max(turn.earlier().attempts),
-                sent: false,
-                in_doubt: before.is_some(),
-                turn: &mut turn,
-                ledger_pace: None,
-            };
+            let request = Some(&job.request);
+            let execution = Execution::new(self, &job.origin, request, stopping, lease, &mut turn)
+                .after(attempted.as_ref());
             match execution.run().await {
-                Executed::Ended(ending) => {
-                    return answered(message, command_id, ResultOf::Command, ending);
-                }
+                Executed::Ended(ended) => return recorded(message, command_id, ended),
                 Executed::TakenOver => {}
                 Executed::Deferred(deferral, tried) => return deferred(deferral, tried),
-                Executed::LetGo => return Handled::GivenBack,
+                Executed::Stopped => return Handled::GivenBack,
             }
         }
+    }
+
+    async fn claim(
+        &self,
+        message: &CommandMessage,
+        command_id: &str,
+        job: &SubmitJob,
+    ) -> Result<Claim, Unavailable> {
+        let doubt = self.is_in_doubt(message);
+        let claim = self.ledger.claim(command_id, job.body.clone(), doubt).await?;
+        if !matches!(claim, Claim::Conflict) {
+            return Ok(claim);
+        }
+        // A row of the former version tells bodies apart in another way.
+        let Ok(Command::Submit(submit)) = message.parse() else { return Ok(claim) };
+        let body = Body { fingerprint: submit.former_fingerprint(), ..job.body.clone() };
+        self.ledger.claim(command_id, body, doubt).await
     }
 }
 
-impl Execution<'_> {
-    async fn run(mut self) -> Executed {
-        let left = "the worker that had it in hand ended before it had recorded an answer";
-        let mut step = if self.in_doubt { Step::Look(left.to_owned()) } else { Step::Send };
+impl<'a> Execution<'a> {
+    /// Of a claim under which nothing was done yet.
+    pub fn new(
+        handler: &'a Handler,
+        origin: &'a Origin,
+        request: Option<&'a SubmitRequest>,
+        stopping: &'a Stopping,
+        lease: Lease,
+        turn: &'a mut Turn,
+    ) -> Self {
+        let attempts = lease.attempts().max(turn.earlier().attempts);
+        let (ledger_pace, doubt) = (None, Doubt::None);
+        Self {
+            handler,
+            origin,
+            request,
+            stopping,
+            lease,
+            attempts,
+            turn,
+            doubt,
+            sent: false,
+            spent: false,
+            ledger_pace,
+        }
+    }
+
+    /// After what others did, if they left no word.
+    pub fn after(mut self, attempted: Option<&Attempted>) -> Self {
+        if attempted.is_some() {
+            let lost = "the worker that had it in hand ended before it had recorded an answer";
+            self.doubt = Doubt::Since { lost: lost.to_owned(), ended: false };
+        }
+        self
+    }
+
+    pub async fn run(mut self) -> Executed {
+        match self.execute().await {
+            Ok(ended) => {
+                self.cancel_if_asked(&ended).await;
+                Executed::Ended(ended)
+            }
+            Err(Leave::TakenOver) => Executed::TakenOver,
+            Err(Leave::Deferred(deferral)) => {
+                let tried = Tried { attempts: self.attempts, in_doubt: self.is_in_doubt() };
+                self.release().await;
+                Executed::Deferred(deferral, tried)
+            }
+            Err(Leave::Stopped) => {
+                self.release().await;
+                Executed::Stopped
+            }
+        }
+    }
+
+    async fn execute(&mut self) -> Result<Ended, Leave> {
         loop {
-            step = match step {
-                Step::Look(lost) => self.look(&lost).await,
-                Step::Send => match self.may_send().await {
-                    None => self.send().await,
-                    Some(step) => step,
+            let outcome = match next(self.standing()) {
+                Step::Search => match self.search().await? {
+                    Searched::Found(answer) => return self.exists(answer).await,
+                    Searched::NotCreated => {
+                        self.not_created()?;
+                        continue;
+                    }
+                    Searched::Unknown(outcome) => outcome,
                 },
-                Step::Exists(answer) => return self.exists(answer).await,
-                Step::Settle(outcome) => return self.settle(outcome).await,
-                Step::Defer(deferral) => return self.defer(deferral).await,
-                Step::TakenOver => return Executed::TakenOver,
-                Step::LetGo => return self.let_go().await,
+                Step::Send => match self.send().await? {
+                    Sent::Done(answer) => return self.exists(answer).await,
+                    Sent::Over(outcome) => outcome,
+                    Sent::Undone => continue,
+                },
+                Step::End(reason) => self.outcome(reason),
             };
+            return self.settle(outcome).await;
         }
     }
 
-    /// Whether a lost answer left a batch.
-    async fn look(&mut self, lost: &str) -> Step {
-        match self.reconcile(lost).await {
-            Reconciled::Found(answer) => Step::Exists(answer),
-            Reconciled::Unknown(asked) => {
-                let Lost { command_id, name, .. } = &self.job.lost;
-                Step::Settle(submit_unknown(command_id, name, lost, &asked))
-            }
-            // What another worker has tried is no reason to give up.
-            Reconciled::Absent if self.sent && self.turn.remaining(Duration::ZERO).is_zero() => {
-                let reason = format!("{lost}, and its batch was looked for and is not there");
-                Step::Settle(unavailable(self.attempts, &reason))
-            }
-            Reconciled::Absent => {
-                self.in_doubt = false;
-                // One that is lost again and again is not held for ever.
-                if self.sent && self.turn.left_in_hand().is_zero() {
-                    Step::Defer(self.turn.deferral(Duration::ZERO))
-                } else {
-                    Step::Send
-                }
-            }
-            Reconciled::Deferred(deferral) => Step::Defer(deferral),
-            Reconciled::TakenOver => Step::TakenOver,
-            Reconciled::Stopped => Step::LetGo,
+    fn is_in_doubt(&self) -> bool {
+        matches!(self.doubt, Doubt::Since { .. })
+    }
+
+    fn standing(&self) -> Standing {
+        Standing {
+            in_doubt: self.is_in_doubt(),
+            struck: self.lease.is_struck(),
+            expired: self.turn.has_expired(),
+            has_body: self.request.is_some(),
+            spent: self.spent,
         }
     }
 
-    /// `None` where the request may leave, now.
-    async fn may_send(&mut self) -> Option<Step> {
-        // Whatever else it would have to wait for.
-        if self.lease.is_struck() {
-            return Some(Step::Settle(struck(self.attempts)));
+    fn outcome(&self, reason: Reason) -> Outcome {
+        match reason {
+            Reason::Struck => struck(self.attempts),
+            Reason::Expired => expired(self.attempts),
+            Reason::MessageGone => message_gone(self.attempts),
+            Reason::Unavailable => {
+                let reason = "its answer was lost, and its batch was searched for and is not there";
+                unavailable(self.attempts, reason)
+            }
         }
+    }
+
+    /// A search has proved that nothing was created.
+    fn not_created(&mut self) -> Result<(), Leave> {
+        self.doubt = Doubt::None;
+        // What another worker has tried is no reason to give up.
+        self.spent = self.sent && self.turn.remaining(Duration::ZERO).is_zero();
+        // One that is lost again and again is not held for ever.
+        if self.sent && !self.spent && self.turn.left_in_hand().is_zero() {
+            return Err(Leave::Deferred(self.turn.deferral(Duration::ZERO)));
+        }
+        Ok(())
+    }
+
+    /// Sends it, if it may leave now.
+    async fn send(&mut self) -> Result<Sent, Leave> {
+        let Some(request) = self.request else { return Ok(Sent::Undone) };
         match self.clearance(Turn::may_call).await {
             Clearance::Call => {}
-            Clearance::Defer(deferral) => return Some(Step::Defer(deferral)),
-            Clearance::Expired => return Some(Step::Settle(expired(self.attempts))),
+            Clearance::Defer(deferral) => return Err(Leave::Deferred(deferral)),
+            Clearance::Expired => return Ok(Sent::Undone),
             Clearance::NoMore(reason) => {
-                return Some(Step::Settle(unavailable(self.attempts, &reason)));
+                return Ok(Sent::Over(unavailable(self.attempts, &reason)));
             }
-            Clearance::Stopped => return Some(Step::LetGo),
+            Clearance::Stopped => return Err(Leave::Stopped),
         }
-        match self.lease.before_request(self.attempts + 1).await {
-            // The ledger may have taken its time.
-            Ok(Go::Ahead) if self.turn.has_expired() => Some(Step::Settle(expired(self.attempts))),
-            Ok(Go::Ahead) => {
-                self.ledger_pace = None;
-                None
-            }
-            Ok(Go::Struck) => Some(Step::Settle(struck(self.attempts))),
-            Ok(Go::Gone) => Some(Step::TakenOver),
-            Err(error) => {
-                let command_id = &self.job.lost.command_id;
-                let pace = self.ledger_pace.get_or_insert_with(|| RECORDING.start());
-                let stop = &self.stopping.claimed;
-                match wait_for_ledger(pace, Duration::MAX, command_id, &error, stop).await {
-                    Waited::TryAgain => Some(Step::Send),
-                    Waited::TooLong => {
-                        Some(Step::Defer(self.turn.patient_deferral(Duration::ZERO)))
-                    }
-                    Waited::Stopped => Some(Step::LetGo),
-                }
-            }
+        // The ledger may have taken its time.
+        if !self.is_allowed().await? || self.turn.has_expired() {
+            return Ok(Sent::Undone);
         }
-    }
-
-    async fn send(&mut self) -> Step {
         crash::point(2);
         self.attempts += 1;
         self.sent = true;
         let result = tokio::select! {
             biased;
-            result = self.handler.vendor.submit(&self.job.request) => result,
+            result = self.handler.vendor.submit(request) => result,
             () = self.stopping.now.cancelled() => {
-                self.in_doubt = true;
-                return Step::LetGo;
+                let lost = "the worker was stopped before an answer came".to_owned();
+                self.doubt = Doubt::Since { lost, ended: false };
+                return Err(Leave::Stopped);
             }
         };
-        let error = match result {
-            Ok(answer) => return Step::Exists(answer),
+        match result {
+            Ok(answer) => Ok(Sent::Done(answer)),
+            Err(error) => self.failed(&error).await,
+        }
+    }
+
+    /// Whether the lease covers a request, and no cancel has come.
+    async fn is_allowed(&mut self) -> Result<bool, Leave> {
+        let error = match self.lease.before_request(self.attempts + 1).await {
+            Ok(Go::Ahead) => {
+                self.ledger_pace = None;
+                return Ok(true);
+            }
+            Ok(Go::Struck) => return Ok(false),
+            Ok(Go::Gone) => return Err(Leave::TakenOver),
             Err(error) => error,
         };
+        let command_id = &self.origin.search.command_id;
+        let pace = self.ledger_pace.get_or_insert_with(|| RECORDING.start());
+        let stop = &self.stopping.claimed;
+        match wait_for_ledger(pace, Duration::MAX, command_id, &error, stop).await {
+            Waited::TryAgain => Ok(false),
+            Waited::TooLong => Err(Leave::Deferred(self.turn.patient_deferral(Duration::ZERO))),
+            Waited::Stopped => Err(Leave::Stopped),
+        }
+    }
+
+    async fn failed(&mut self, error: &Error) -> Result<Sent, Leave> {
         match then(CommandKind::Submit, error.class()) {
-            Then::Fail => return Step::Settle(failure(&error, self.attempts)),
+            Then::Fail => return Ok(Sent::Over(failure(error, self.attempts))),
             Then::Look => {
-                self.in_doubt = true;
-                return Step::Look(error.to_string());
+                self.doubt = Doubt::Since { lost: error.to_string(), ended: true };
+                return Ok(Sent::Undone);
             }
             Then::AskAboutKey => match self.handler.key().await {
-                Key::Accepted => return Step::Settle(failure(&error, self.attempts)),
+                Key::Accepted => return Ok(Sent::Over(failure(error, self.attempts))),
                 // The breaker is open by now.
-                Key::Refused => return Step::Send,
+                Key::Refused => return Ok(Sent::Undone),
                 Key::Unknown => {}
             },
             Then::Again => {}
         }
         match self.turn.next(error.retry_after()) {
             Next::Wait(wait) => {
-                self.log_retry(&error, wait);
+                self.log_retry(error, wait);
                 self.pause(wait).await;
-                Step::Send
+                Ok(Sent::Undone)
             }
-            Next::Defer(deferral) => Step::Defer(deferral),
+            Next::Defer(deferral) => Err(Leave::Deferred(deferral)),
             // Whether it is the key could not be found out.
             Next::Over if error.class() == Class::Unauthorized => {
-                Step::Settle(unavailable(self.attempts, &error.to_string()))
+                Ok(Sent::Over(unavailable(self.attempts, &error.to_string())))
             }
-            Next::Over => Step::Settle(failure(&error, self.attempts)),
+            Next::Over => Ok(Sent::Over(failure(error, self.attempts))),
         }
     }
 
-    /// Waits until the vendor may be called, and keeps the submit meanwhile.
+    /// Waits until ElevenLabs may be called, and keeps the submit meanwhile.
     async fn clearance(
         &mut self,
         may: impl Fn(&Turn, CommandKind, &VendorState) -> May,
@@ -330,7 +423,7 @@ impl Execution<'_> {
     fn log_retry(&self, error: &Error, wait: Duration) {
         info!(
             command = "submit",
-            command_id = self.job.lost.command_id,
+            command_id = self.origin.search.command_id,
             attempt = self.attempts,
             wait_ms = wait.as_millis(),
             request_id = error.request_id(),
@@ -360,67 +453,58 @@ impl Execution<'_> {
         }
     }
 
-    /// The batch exists, by an answer or by the list.
-    async fn exists(self, answer: Answer) -> Executed {
+    /// The batch exists, by an answer or by the search.
+    async fn exists(&mut self, answer: Answer) -> Result<Ended, Leave> {
         crash::point(5);
-        self.handler.finder.note(&answer.batch_id, &self.job.lost.command_id);
-        let warning = provider_warning(self.job.phone_provider.as_deref(), &answer);
+        let command_id = &self.origin.search.command_id;
+        self.handler.finder.note(&answer.batch_id, command_id);
+        let warning = provider_warning(self.origin.phone_provider.as_deref(), &answer);
         if warning.is_some() {
             warn!(
-                command_id = self.job.lost.command_id,
+                command_id,
                 batch_id = answer.batch_id,
-                expected = self.job.phone_provider,
+                expected = self.origin.phone_provider,
                 actual = answer.phone_provider,
                 "the batch exists, but its phone provider is not the one the command names"
             );
         }
+        // Unrecorded, it has to be searched for.
+        let lost = "its answer could not be recorded".to_owned();
+        self.doubt = Doubt::Since { lost, ended: true };
         self.settle(succeeded(answer, warning)).await
     }
 
-    async fn settle(self, outcome: Outcome) -> Executed {
+    async fn settle(&mut self, outcome: Outcome) -> Result<Ended, Leave> {
         let ending = Ending { attempts: self.attempts, outcome };
         let mut pace = RECORDING.start();
         loop {
-            match self.lease.settle(&ending).await {
-                Ok(Some(ending)) => return Executed::Ended(ending),
-                Ok(None) => return Executed::TakenOver,
-                Err(error) => {
-                    let command_id = &self.job.lost.command_id;
-                    let stop = &self.stopping.now;
-                    // Whoever gets the command next finds it abandoned, and looks.
-                    match wait_for_ledger(&mut pace, Duration::MAX, command_id, &error, stop).await
-                    {
-                        Waited::TryAgain => {}
-                        Waited::TooLong => {
-                            let deferral = self.turn.patient_deferral(Duration::ZERO);
-                            return Executed::Deferred(deferral, self.tried());
-                        }
-                        Waited::Stopped => return Executed::LetGo,
-                    }
+            let error = match self.lease.settle(&ending, self.origin.begins_at).await {
+                Ok(Some(ended)) => return Ok(ended),
+                Ok(None) => return Err(Leave::TakenOver),
+                Err(error) => error,
+            };
+            let (command_id, stop) = (&self.origin.search.command_id, &self.stopping.now);
+            match wait_for_ledger(&mut pace, Duration::MAX, command_id, &error, stop).await {
+                Waited::TryAgain => {}
+                Waited::TooLong => {
+                    return Err(Leave::Deferred(self.turn.patient_deferral(Duration::ZERO)));
                 }
+                Waited::Stopped => return Err(Leave::Stopped),
             }
         }
     }
 
-    async fn let_go(self) -> Executed {
-        self.release().await;
-        Executed::LetGo
-    }
-
-    /// Out of this worker's hands for a while; whoever has it then claims it again.
-    async fn defer(self, deferral: Deferral) -> Executed {
-        let tried = self.tried();
-        self.release().await;
-        Executed::Deferred(deferral, tried)
-    }
-
-    fn tried(&self) -> Tried {
-        Tried { attempts: self.attempts, in_doubt: self.in_doubt }
+    /// A cancel came while the batch was created: whoever records the batch cancels it.
+    async fn cancel_if_asked(&self, ended: &Ended) {
+        if let Some(batch) = ended.cancel.clone().and_then(|id| BatchId::try_from(id).ok()) {
+            self.handler.cancel_struck(&self.origin.search.command_id, &batch).await;
+        }
     }
 
     async fn release(self) {
-        let command_id = &self.job.lost.command_id;
-        if let Err(error) = self.lease.release(self.in_doubt).await {
+        let command_id = &self.origin.search.command_id;
+        let in_doubt = self.is_in_doubt();
+        if let Err(error) = self.lease.release(in_doubt, self.attempts).await {
             warn!(command_id, error = chain(&error), "the lease has to run out by itself");
         }
     }
@@ -435,8 +519,16 @@ fn not_begun(
 ) -> Handled {
     let earlier = turn.earlier();
     let Deferral { wait, asked, age } = deferral(turn, earlier.asked_to_wait());
+    let met_row = earlier.met_row;
     let earlier = Earlier::deferred(age, asked, earlier.attempts, earlier.in_doubt);
-    Handled::Deferred { wait, earlier: earlier.set_aside(came_back) }
+    Handled::Deferred { wait, earlier: Earlier { met_row, ..earlier }.set_aside(came_back) }
+}
+
+/// Of a submit that has a row.
+fn deferred(deferral: Deferral, tried: Tried) -> Handled {
+    let Deferral { wait, asked, age } = deferral;
+    let earlier = Earlier::deferred(age, asked, tried.attempts, tried.in_doubt);
+    Handled::Deferred { wait, earlier: Earlier { met_row: true, ..earlier } }
 }
 
 /// Waits a moment for a ledger that cannot be used, `limit` at most.

@@ -83,6 +83,11 @@ impl Turn {
         &self.earlier
     }
 
+    /// Its row was seen: whoever has the command next knows that there is one.
+    pub fn meet_row(&mut self) {
+        self.earlier.met_row = true;
+    }
+
     /// `not_after` has passed.
     pub fn has_expired(&self) -> bool {
         self.deadline.is_some_and(|deadline| deadline < SystemTime::now())

@@ -3,11 +3,12 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::domain::command::CommandKind;
-use crate::elevenlabs::{Class, State};
+use crate::elevenlabs::{Class, Error, State};
 use crate::retry::Policy;
 use crate::telemetry::chain;
 
@@ -17,6 +18,9 @@ use super::turn::{Clearance, Turn};
 /// How often to ask a vendor that cannot be used whether it can, unless it has said when.
 const PROBING: Policy =
     Policy { initial: Duration::from_millis(500), max: Duration::from_secs(2), horizon: None };
+
+/// How long the first question may take: what answers later is found out by the next one.
+const FIRST_LIMIT: Duration = Duration::from_secs(3);
 
 /// What has worked so long was no flicker: the next outage is probed quickly again.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
@@ -67,6 +71,34 @@ impl Handler {
                 Class::Refused => Key::Accepted,
                 Class::NeverSent | Class::RateLimited | Class::Unknown => Key::Unknown,
             },
+        }
+    }
+
+    /// Asks ElevenLabs once, before the first command is taken. Where it does not answer as ElevenLabs
+    /// does, the breaker opens, and says why.
+    pub async fn ask_first(&self, stop: &CancellationToken) {
+        let asked = tokio::select! {
+            asked = timeout(FIRST_LIMIT, self.vendor.probe()) => asked,
+            () = stop.cancelled() => return,
+        };
+        match asked {
+            // A refusal for another reason than the key is an answer of ElevenLabs.
+            Ok(Err(error)) if !matches!(error.class(), Class::Refused) => {
+                warn!(
+                    error = chain(&error),
+                    "ElevenLabs cannot be used; no commands are taken yet"
+                );
+                self.vendor.breaker().open(&error);
+            }
+            Ok(Ok(()) | Err(_)) => {}
+            Err(_) => {
+                let error = Error::too_slow();
+                warn!(
+                    error = chain(&error),
+                    "ElevenLabs cannot be used; no commands are taken yet"
+                );
+                self.vendor.breaker().open(&error);
+            }
         }
     }
 

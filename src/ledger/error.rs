@@ -46,8 +46,16 @@ pub enum OpenError {
     Pool { source: deadpool_postgres::PoolError },
     #[error("the connection pool to PostgreSQL cannot be set up")]
     Build { source: deadpool_postgres::BuildError },
+    #[error("the ledger's thread cannot be started; check the limits on this process")]
+    Thread { source: io::Error },
     #[error("TLS to PostgreSQL cannot be set up; check the CA certificates of this system")]
     Tls { source: rustls::Error },
+    #[error(
+        "{place} is about the submits to {known}, and ELEVENLABS_BASE_URL is another; set \
+         ELEVENLABS_BASE_URL={known} again, or LEDGER_URL to a ledger of its own, with queues of its \
+         own (AMQP_PREFIX): this one does not know what the other ElevenLabs has done"
+    )]
+    OtherElevenlabs { place: String, known: String },
     #[error(
         "{place} was made by a newer version of call-manager; use that version (a new ledger only when \
          the queues are empty: it does not know what was sent)"

@@ -1,48 +1,56 @@
-//! What is known about each submit, durably: who has it in hand, how it ended, whether it is
-//! struck out. One row per submit, keyed by command id.
+//! What is known about each submit, durably: who has it in hand, how it ended, whether a cancel came,
+//! and what it is finished with when its message does not come back. One row per submit, keyed by
+//! command id.
 //!
-//! `row.rs` is the whole of the rules, pure; `group.rs` writes whatever is waiting in one
-//! transaction; `sqlite.rs`, `postgres.rs` and `memory.rs` keep the rows. This file is what the
-//! handler sees: claims, leases, and the tasks of this process that wait for each other.
+//! `op.rs` is the whole of the rules, pure, on the rows of `row.rs`; `group.rs` writes whatever is
+//! waiting in one transaction; `sqlite.rs`, `postgres.rs` and `memory.rs` keep the rows. This file and
+//! `lease.rs` are what the handler sees.
 
+mod columns;
 mod error;
 mod group;
+mod lease;
 mod memory;
+pub(crate) mod op;
 mod postgres;
-mod row;
+pub(crate) mod row;
 mod sqlite;
 mod store;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use secrecy::SecretString;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::domain::result::{Ending, Outcome};
+use crate::domain::result::Ending;
 
-use group::Request;
-use row::{Millis, Op, Reply};
-use store::{Store, StoreError};
+use group::{Job, Request, Serving};
+use lease::{Holding, Since};
+use op::{Dispatch, Finished, Op, Reply, Yours};
+use row::Millis;
+use store::{Answer, Question, Store, StoreError};
 
 pub use error::{OpenError, Unavailable};
-pub use row::History;
+pub use lease::{Age, Attempted, Go, Held, Lease};
+pub use op::Body;
 
-/// Requests that wait for the store; who comes when they are so many waits to be one of them.
+/// Capacity of the queue to the store. Senders wait when it is full.
 const WAITING: usize = 1024;
 
-/// How long a cancel of a submit that nobody has begun keeps it from being begun: the two are in
+/// The limit on every operation: a disk or a server that stalls must not keep commands in hand.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a cancel of a submit that nobody has claimed keeps it from being begun: the two are in
 /// different queues, and either may come first.
 pub const STRIKE: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// A claim that nothing has been sent under is as good as a renewal for so long.
-const STILL_FRESH: Duration = Duration::from_secs(1);
 
 /// Where the rows are.
 #[derive(Clone, Debug)]
@@ -60,35 +68,28 @@ pub enum Location {
 pub struct Settings {
     /// Where.
     pub location: Location,
-    /// How long what is settled is remembered.
+    /// The ElevenLabs that the submits go to: a ledger knows of one.
+    pub base_url: String,
+    /// Hash of the API key that requests are made with.
+    pub key: Uuid,
+    /// How long what is finished is remembered.
     pub retention: Duration,
-    /// The longest a request to the vendor can take. A lease is twice as long.
+    /// The longest a request to ElevenLabs can take. A lease is twice as long.
     pub longest_request: Duration,
 }
 
 /// The answer to "may I execute this submit?".
 pub enum Claim {
-    /// Nobody has begun it.
+    /// Nothing of it was done.
     Fresh(Lease),
-    /// Somebody has, and left no word: a request may have left.
-    Abandoned(Lease, History),
+    /// A request may have left whose outcome nobody has recorded.
+    Abandoned(Lease, Attempted),
     /// Another worker, or another task of this one, has it in hand.
     Held(Held),
-    /// It is done.
-    Settled(Ending),
+    /// It is finished.
+    Settled(Ended),
     /// The id belongs to a submit with another body.
     Conflict,
-}
-
-/// The answer to "may I send this request now?".
-#[derive(Debug, PartialEq)]
-pub enum Go {
-    /// Yes, and nobody else will while it lasts.
-    Ahead,
-    /// No: a cancel came first.
-    Struck,
-    /// No: another worker has taken it over.
-    Gone,
 }
 
 /// How far a submit is.
@@ -98,8 +99,23 @@ pub enum Found {
     Nobody,
     /// Somebody has it in hand.
     InHand,
-    /// It is done.
-    Settled(Ending),
+    /// It is finished.
+    Settled(Ended),
+    /// Of [`Ledger::condemn`]: the id belongs to a message with another body.
+    Conflict,
+}
+
+/// How a submit ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// What its result says.
+    pub ending: Ending,
+    /// The broker has its result.
+    pub published: bool,
+    /// The id of its batch, where a cancel came while it was created.
+    pub cancel: Option<String>,
+    /// What the claim kept, until the result is published.
+    pub origin: Option<Arc<str>>,
 }
 
 /// One row per submit. Cheap to clone; all clones are the same ledger.
@@ -107,9 +123,10 @@ pub enum Found {
 pub struct Ledger(Arc<Inner>);
 
 struct Inner {
-    requests: mpsc::Sender<Request>,
+    jobs: mpsc::Sender<Job>,
     worker: Uuid,
-    longest_request: Duration,
+    send: Dispatch,
+    was_drained: watch::Sender<bool>,
     /// The submits that a task of this process has in hand. Closed when it lets go.
     in_hand: Mutex<HashMap<Arc<str>, watch::Receiver<()>>>,
     trouble: watch::Receiver<Option<String>>,
@@ -122,33 +139,48 @@ impl Ledger {
         match settings.location {
             Location::Sqlite(ref path) => {
                 // Blocks, before there is anything else to do.
-                Ok(Self::serve(sqlite::Sqlite::open(path)?, &settings))
+                Self::serve(sqlite::Sqlite::open(path, &settings.base_url)?, &settings)
             }
             Location::Postgres(ref url) => {
-                let store = postgres::Postgres::open(url).await?;
-                Ok(Self::serve(store, &settings))
+                let store = postgres::Postgres::open(url, &settings.base_url).await?;
+                Self::serve(store, &settings)
             }
-            Location::Memory => Ok(Self::serve(memory::Memory::default(), &settings)),
+            Location::Memory => Self::serve(memory::Memory::default(), &settings),
         }
     }
 
-    fn serve(store: impl Store, settings: &Settings) -> Self {
-        let (requests, waiting) = mpsc::channel(WAITING);
+    fn serve(store: impl Store, settings: &Settings) -> Result<Self, OpenError> {
+        let (jobs, waiting) = mpsc::channel(WAITING);
         let worker = store.worker();
+        let was_drained = watch::Sender::new(store.was_drained());
         let serving = TaskTracker::new();
-        let (troubled, trouble) = watch::channel(None);
-        let work = group::serve(store, waiting, settings.retention, troubled);
-        // A thread of its own: writing to a file blocks.
-        serving.spawn_blocking(move || Handle::current().block_on(work));
+        let trouble = Arc::new(watch::Sender::new(None));
+        let followed = trouble.subscribe();
+        let working = watch::Sender::new(None);
+        let watching = group::watch_over(working.subscribe(), Arc::clone(&trouble));
+        let (retention, tried, may_forget) = (settings.retention, Instant::now(), false);
+        let work = Serving { store, retention, trouble, working, tried, may_forget }.serve(waiting);
+        // A thread of its own, which the end of the process does not wait for: writing to a file blocks,
+        // and a disk that stalls blocks for ever.
+        let (runtime, token) = (Handle::current(), serving.token());
+        let named = thread::Builder::new().name("ledger".to_owned());
+        named
+            .spawn(move || {
+                let _token = token;
+                runtime.block_on(work);
+            })
+            .map_err(|source| OpenError::Thread { source })?;
+        serving.spawn(watching);
         serving.close();
-        Self(Arc::new(Inner {
-            requests,
+        Ok(Self(Arc::new(Inner {
+            jobs,
             worker,
-            longest_request: settings.longest_request,
+            send: Dispatch { takes: settings.longest_request, key: settings.key },
+            was_drained,
             in_hand: Mutex::default(),
-            trouble,
+            trouble: followed,
             serving,
-        }))
+        })))
     }
 
     /// Follows why the ledger cannot be written; `None` while it can. Tried again by itself.
@@ -168,74 +200,151 @@ impl Ledger {
         timeout(limit, serving.wait()).await.ok();
     }
 
-    /// Claims a submit, durably, before anything of it is sent.
-    pub async fn claim(&self, command_id: &str, fingerprint: Uuid) -> Result<Claim, Unavailable> {
+    /// Claims a submit, durably, before anything of it is sent. With `doubt`, a submit that the ledger
+    /// does not know counts as begun: its message says so.
+    pub async fn claim(
+        &self,
+        command_id: &str,
+        body: Body,
+        doubt: bool,
+    ) -> Result<Claim, Unavailable> {
+        self.claim_for(command_id, Some(body), doubt).await?.ok_or_else(unexpected)
+    }
+
+    /// Claims a submit whose message does not come back, to finish it; `None` where there is nothing
+    /// to finish.
+    pub async fn take_over(&self, command_id: &str) -> Result<Option<Claim>, Unavailable> {
+        self.claim_for(command_id, None, false).await
+    }
+
+    async fn claim_for(
+        &self,
+        command_id: &str,
+        body: Option<Body>,
+        doubt: bool,
+    ) -> Result<Option<Claim>, Unavailable> {
         let command_id: Arc<str> = command_id.into();
         let holding = match self.enter(&command_id) {
             Ok(holding) => holding,
-            Err(held) => return Ok(Claim::Held(held)),
+            Err(held) => return Ok(Some(Claim::Held(held))),
         };
-        let token = Uuid::now_v7();
-        let asked = Since::now();
-        let op = Op::Claim { fingerprint, token, worker: self.0.worker, lease: self.0.lease() };
-        Ok(match self.0.ask(&command_id, op).await? {
-            Reply::Yours { history, struck } => {
-                let lease = Lease {
-                    holding,
-                    command_id,
-                    fingerprint,
-                    token,
-                    since: asked,
-                    unused: history.is_none(),
-                    struck,
-                };
-                match history {
+        let Inner { worker, send, .. } = *self.0;
+        let (token, asked, lease) = (Uuid::now_v7(), Since::now(), self.0.lease());
+        let op = Op::Claim { body, token, worker, lease, send, doubt };
+        Ok(Some(match self.0.ask(&command_id, op).await? {
+            Reply::Yours(yours) => {
+                let attempted = yours.history.clone().map(|past| Attempted::new(past, asked));
+                let lease = Lease::new(holding, command_id, token, asked, yours);
+                match attempted {
                     None => Claim::Fresh(lease),
-                    Some(history) => Claim::Abandoned(lease, history),
+                    Some(attempted) => Claim::Abandoned(lease, attempted),
                 }
             }
             Reply::InHand { remaining } => Claim::Held(Held::Elsewhere { remaining }),
-            Reply::Settled(ending) => Claim::Settled(read(&ending)?),
+            Reply::Settled(finished) => Claim::Settled(read(finished)?),
             Reply::Conflict => Claim::Conflict,
-            Reply::Gone | Reply::Nobody => return Err(unexpected()),
-        })
+            Reply::Nobody => return Ok(None),
+            Reply::Gone => return Err(unexpected()),
+        }))
     }
 
-    /// Looks how far a submit is. With `strike`, one that is not settled is not begun (again) for
-    /// [`STRIKE`].
+    /// Looks how far a submit is. With `strike`, one that is not finished is not begun (again): for
+    /// [`STRIKE`] where nobody has claimed it, and for ever else. Where no answer comes, the strike may
+    /// hold all the same.
     pub async fn find(&self, command_id: &str, strike: bool) -> Result<Found, Unavailable> {
         let op = Op::Find { strike: strike.then_some(STRIKE) };
         Ok(match self.0.ask(&command_id.into(), op).await? {
             Reply::Nobody => Found::Nobody,
             Reply::InHand { .. } => Found::InHand,
-            Reply::Settled(ending) => Found::Settled(read(&ending)?),
+            Reply::Settled(finished) => Found::Settled(read(finished)?),
             _ => return Err(unexpected()),
         })
     }
 
     /// Gives up a submit whose executions all ended with their worker: records an ending for it, which
-    /// may depend on what was done, so that nobody executes it any more.
+    /// depends on how often ElevenLabs was called and on whether a request may have left.
     pub async fn condemn(
         &self,
         command_id: &str,
-        ending_of: impl Fn(Option<History>) -> Ending,
+        body: Uuid,
+        doubt: bool,
+        ending_of: impl Fn(u32, bool) -> Ending,
     ) -> Result<Found, Unavailable> {
         let command_id: Arc<str> = command_id.into();
         let Ok(_holding) = self.enter(&command_id) else { return Ok(Found::InHand) };
         let mut ending = None;
         loop {
-            let op = Op::Condemn { worker: self.0.worker, ending: ending.take() };
+            let op = Op::Condemn { worker: self.0.worker, body, doubt, ending: ending.take() };
             return Ok(match self.0.ask(&command_id, op).await? {
                 Reply::InHand { .. } => Found::InHand,
-                Reply::Settled(ending) => Found::Settled(read(&ending)?),
-                Reply::Yours { history, .. } => {
-                    let json = serde_json::to_string(&ending_of(history));
+                Reply::Settled(finished) => Found::Settled(read(finished)?),
+                Reply::Conflict => Found::Conflict,
+                Reply::Yours(Yours { history, attempts, .. }) => {
+                    let json = serde_json::to_string(&ending_of(attempts, history.is_some()));
                     ending = Some(json.map_err(StoreError::Ending)?.into());
                     continue;
                 }
                 _ => return Err(unexpected()),
             });
         }
+    }
+
+    /// The broker has the result of a submit. Nobody waits for it: lost, the result is published twice.
+    pub async fn published(&self, command_id: &str) {
+        let request = Request { command_id: command_id.into(), op: Op::Published, reply: None };
+        // Closed, the worker is ending.
+        timeout(LIMIT, self.0.jobs.send(Job::Change(request))).await.ok();
+    }
+
+    /// The batch that a cancel came for needs no cancel any more.
+    pub async fn cancelled(&self, command_id: &str) -> Result<(), Unavailable> {
+        self.0.ask(&command_id.into(), Op::Cancelled).await.map(drop)
+    }
+
+    /// Submits that nobody has touched for so long although they are unfinished, and, sooner, those
+    /// whose batch has to be cancelled: some of them.
+    pub async fn unfinished(
+        &self,
+        untouched: Duration,
+        cancel: Duration,
+    ) -> Result<Vec<Arc<str>>, Unavailable> {
+        match self.0.question(Question::Unfinished { untouched, cancel }).await? {
+            Answer::Unfinished(ids) => Ok(ids),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Which commands these batches are of: batch id to command id. Those that the ledger does not
+    /// know are missing.
+    pub async fn owners(
+        &self,
+        batches: Vec<String>,
+    ) -> Result<HashMap<String, String>, Unavailable> {
+        match self.0.question(Question::Owners(batches)).await? {
+            Answer::Owners(owners) => Ok(owners),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// A batch that was created with this API key, the newest that the ledger knows.
+    pub async fn batch_of_key(&self, key: Uuid) -> Result<Option<String>, Unavailable> {
+        match self.0.question(Question::BatchOf(key)).await? {
+            Answer::BatchOf(batch) => Ok(batch),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Notes that no submit waits in any queue. From now on, each one that comes back was claimed in
+    /// this ledger, if at all, and old rows may be removed.
+    pub async fn note_drained(&self) -> Result<(), Unavailable> {
+        self.0.question(Question::Drained).await?;
+        self.0.was_drained.send_replace(true);
+        Ok(())
+    }
+
+    /// Whether the queues were ever seen empty with this ledger in use.
+    pub fn was_drained(&self) -> bool {
+        *self.0.was_drained.borrow()
     }
 
     /// One task of this process at a time: the others wait for it without asking the store. Which
@@ -248,20 +357,39 @@ impl Ledger {
         let (open, freed) = watch::channel(());
         in_hand.insert(Arc::clone(command_id), freed);
         drop(in_hand);
-        Ok(Holding { ledger: Arc::clone(&self.0), command_id: Arc::clone(command_id), _open: open })
+        Ok(Holding::new(Arc::clone(&self.0), Arc::clone(command_id), open))
     }
 }
 
 impl Inner {
     fn lease(&self) -> Duration {
-        self.longest_request * 2
+        self.send.takes * 2
     }
 
     async fn ask(&self, command_id: &Arc<str>, op: Op) -> Result<Reply, Unavailable> {
         let (reply, answered) = oneshot::channel();
-        let request = Request { command_id: Arc::clone(command_id), op, reply };
-        self.requests.send(request).await.map_err(|_| StoreError::Ended)?;
-        answered.await.map_err(|_| StoreError::Ended)?
+        let request = Request { command_id: Arc::clone(command_id), op, reply: Some(reply) };
+        self.done(Job::Change(request), answered).await
+    }
+
+    async fn question(&self, question: Question) -> Result<Answer, Unavailable> {
+        let (reply, answered) = oneshot::channel();
+        self.done(Job::Ask(question, reply), answered).await
+    }
+
+    async fn done<T>(
+        &self,
+        job: Job,
+        answered: oneshot::Receiver<Result<T, Unavailable>>,
+    ) -> Result<T, Unavailable> {
+        let done = async {
+            self.jobs.send(job).await.map_err(|_| StoreError::Ended)?;
+            answered.await.map_err(|_| StoreError::Ended)?
+        };
+        match timeout(LIMIT, done).await {
+            Ok(done) => done,
+            Err(_) => Err(StoreError::TooSlow(LIMIT).into()),
+        }
     }
 
     fn in_hand(&self) -> MutexGuard<'_, HashMap<Arc<str>, watch::Receiver<()>>> {
@@ -270,173 +398,13 @@ impl Inner {
     }
 }
 
-/// A submit that a task of this process has in hand, until it is dropped.
-struct Holding {
-    ledger: Arc<Inner>,
-    command_id: Arc<str>,
-    _open: watch::Sender<()>,
-}
-
-impl Drop for Holding {
-    fn drop(&mut self) {
-        self.ledger.in_hand().remove(&self.command_id);
-    }
-}
-
-/// The right to execute a submit, for a while. Dropped without a word, it leaves the submit
-/// abandoned: to this worker at once, to others when the lease runs out.
-pub struct Lease {
-    holding: Holding,
-    command_id: Arc<str>,
-    fingerprint: Uuid,
-    token: Uuid,
-    /// Began before the store's own lease did, so it ends before that.
-    since: Since,
-    /// A fresh claim that no request has been sent under yet.
-    unused: bool,
-    struck: bool,
-}
-
-impl Lease {
-    /// Has to say [`Go::Ahead`] immediately before each request that could create a batch;
-    /// `attempts` counts it in.
-    pub async fn before_request(&mut self, attempts: u32) -> Result<Go, Unavailable> {
-        // A claim that was written a moment ago covers the first request; one that has waited does not:
-        // a cancel may have come.
-        let is_fresh = std::mem::take(&mut self.unused) && self.since.elapsed() < STILL_FRESH;
-        if !is_fresh || !self.covers_a_request() {
-            if self.renew(attempts).await?.is_none() {
-                return Ok(Go::Gone);
-            }
-            if !self.covers_a_request() {
-                let longest_request = self.holding.ledger.longest_request;
-                return Err(StoreError::TooSlow(longest_request).into());
-            }
-        }
-        Ok(if self.struck { Go::Struck } else { Go::Ahead })
-    }
-
-    /// How long it is good after a renewal.
-    pub fn length(&self) -> Duration {
-        self.holding.ledger.lease()
-    }
-
-    /// Whether a cancel had come when it was claimed or renewed last.
-    pub fn is_struck(&self) -> bool {
-        self.struck
-    }
-
-    /// Keeps it for another while, and tells since when a request may have left. `None` where
-    /// another worker has taken it over.
-    pub async fn renew(&mut self, attempts: u32) -> Result<Option<Age>, Unavailable> {
-        let lease = self.holding.ledger.lease();
-        let asked = Since::now();
-        let op = Op::Renew { token: self.token, lease, attempts };
-        match self.holding.ledger.ask(&self.command_id, op).await? {
-            Reply::Yours { history, struck } => {
-                self.struck = struck;
-                self.since = asked;
-                self.unused = false;
-                let then = history.map(|history| history.age).unwrap_or_default();
-                Ok(Some(Age { then, since: asked }))
-            }
-            Reply::Gone => {
-                // Whatever the local clock says of it.
-                self.unused = false;
-                Ok(None)
-            }
-            _ => Err(unexpected()),
-        }
-    }
-
-    /// Records how the submit ended, before anybody is told. Returns how it ended for good: what
-    /// another worker recorded first counts. `None` where another worker has it in hand.
-    pub async fn settle(&self, ending: &Ending) -> Result<Option<Ending>, Unavailable> {
-        let op = Op::Settle {
-            token: self.token,
-            fingerprint: self.fingerprint,
-            ending: serde_json::to_string(ending).map_err(StoreError::Ending)?.into(),
-            succeeded: matches!(ending.outcome, Outcome::Succeeded { .. }),
-        };
-        match self.holding.ledger.ask(&self.command_id, op).await? {
-            Reply::Settled(ending) => Ok(Some(read(&ending)?)),
-            Reply::Gone => Ok(None),
-            _ => Err(unexpected()),
-        }
-    }
-
-    /// Lets go, so that the next worker need not wait for the lease to run out. Where a request
-    /// `may_have_left`, it has to look for the batch first.
-    pub async fn release(self, may_have_left: bool) -> Result<(), Unavailable> {
-        let op = Op::Release { token: self.token, may_have_left };
-        self.holding.ledger.ask(&self.command_id, op).await?;
-        Ok(())
-    }
-
-    fn covers_a_request(&self) -> bool {
-        let ledger = &self.holding.ledger;
-        self.since.elapsed() + ledger.longest_request <= ledger.lease()
-    }
-}
-
-/// A moment, by both clocks of this machine: one stands still while the machine is suspended, the
-/// other can be put back.
-#[derive(Clone, Copy, Debug)]
-struct Since(Instant, SystemTime);
-
-impl Since {
-    fn now() -> Self {
-        Self(Instant::now(), SystemTime::now())
-    }
-
-    fn elapsed(&self) -> Duration {
-        self.0.elapsed().max(self.1.elapsed().unwrap_or_default())
-    }
-}
-
-/// How long ago a request may have left for the first time; it goes on growing.
-#[derive(Clone, Copy, Debug)]
-pub struct Age {
-    then: Duration,
-    since: Since,
-}
-
-impl Age {
-    /// By now.
-    pub fn now(&self) -> Duration {
-        self.then + self.since.elapsed()
-    }
-}
-
-/// Whoever has the submit in hand.
-pub enum Held {
-    /// A task of this process.
-    Here {
-        /// Closed when it lets go.
-        freed: watch::Receiver<()>,
-    },
-    /// Another worker.
-    Elsewhere {
-        /// How long its lease still lasts.
-        remaining: Duration,
-    },
-}
-
-impl Held {
-    /// Returns when it is worth claiming again: the task has let go, or `look_again` is over.
-    pub async fn freed(self, look_again: Duration) {
-        match self {
-            // Nothing is ever sent: the only event is that the holder is gone.
-            Self::Here { mut freed } => while freed.changed().await.is_ok() {},
-            Self::Elsewhere { remaining } => {
-                tokio::time::sleep(remaining.min(look_again)).await;
-            }
-        }
-    }
-}
-
-fn read(ending: &str) -> Result<Ending, Unavailable> {
-    Ok(serde_json::from_str(ending).map_err(StoreError::Ending)?)
+fn read(finished: Finished) -> Result<Ended, Unavailable> {
+    Ok(Ended {
+        ending: serde_json::from_str(&finished.ending).map_err(StoreError::Ending)?,
+        published: finished.published,
+        cancel: finished.cancel.map(|batch| (*batch.id).to_owned()),
+        origin: finished.origin,
+    })
 }
 
 /// A reply that no transition gives to such an operation.

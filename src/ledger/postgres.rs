@@ -18,12 +18,16 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use uuid::Uuid;
 
 use super::OpenError;
+use super::columns::{Columns, NAMES};
 use super::group::Group;
-use super::row::{Hold, Millis, Row, State, before};
-use super::store::{FORGET_AT_ONCE, Store, StoreError};
+use super::row::{Millis, Row, before};
+use super::store::{Answer, FORGET_AT_ONCE, Question, Store, StoreError, UNFINISHED_AT_ONCE};
 
 /// In order; the table `call_manager_migrations` says which of them a database has had.
-const MIGRATIONS: [&str; 1] = [include_str!("../../migrations/postgres/0001_submits.sql")];
+const MIGRATIONS: [&str; 2] = [
+    include_str!("../../migrations/postgres/0001_submits.sql"),
+    include_str!("../../migrations/postgres/0002_finishing.sql"),
+];
 
 /// The key of the lock under which one worker migrates and the others wait: any number that nobody
 /// else uses.
@@ -48,20 +52,22 @@ const SESSION: &str = "SET idle_in_transaction_session_timeout = '5s'; \
 /// A pool of connections.
 pub struct Postgres {
     worker: Uuid,
+    was_drained: bool,
     pool: Pool,
 }
 
 impl Postgres {
-    /// Connects, and creates or updates the tables.
-    pub async fn open(url: &SecretString) -> Result<Self, OpenError> {
+    /// Connects, and creates or updates the tables, for the ElevenLabs at `base_url` alone.
+    pub async fn open(url: &SecretString, base_url: &str) -> Result<Self, OpenError> {
         let pool = pool(url)?;
         let mut client = pool.get().await.map_err(|source| match source {
             deadpool_postgres::PoolError::Backend(source) => OpenError::Server { source },
             other => OpenError::Pool { source: other },
         })?;
         migrate(&mut client).await?;
+        let was_drained = belong(&client, base_url).await?;
         drop(client);
-        Ok(Self { worker: Uuid::now_v7(), pool })
+        Ok(Self { worker: Uuid::now_v7(), was_drained, pool })
     }
 }
 
@@ -132,14 +138,41 @@ async fn migrate(client: &mut Client) -> Result<(), OpenError> {
     transaction.commit().await.map_err(failed)
 }
 
+/// A ledger that belongs to no ElevenLabs yet becomes this one's; returns whether its queues were
+/// ever seen empty.
+async fn belong(client: &Client, base_url: &str) -> Result<bool, OpenError> {
+    let failed = |source| OpenError::Server { source };
+    let take = "UPDATE call_manager_ledger SET base_url = $1 WHERE base_url IS NULL";
+    client.execute(take, &[&base_url]).await.map_err(failed)?;
+    let select = "SELECT base_url, drained_at IS NOT NULL FROM call_manager_ledger";
+    let ledger = client.query_one(select, &[]).await.map_err(failed)?;
+    let known: String = ledger.try_get(0).map_err(failed)?;
+    if known != base_url {
+        let place = "the ledger in PostgreSQL".to_owned();
+        return Err(OpenError::OtherElevenlabs { place, known });
+    }
+    ledger.try_get(1).map_err(failed)
+}
+
 impl Store for Postgres {
     fn worker(&self) -> Uuid {
         self.worker
     }
 
+    fn was_drained(&self) -> bool {
+        self.was_drained
+    }
+
     async fn commit(&mut self, group: &mut Group) -> Result<(), StoreError> {
         let mut client = in_time(self.client()).await?;
         in_time(transact(&mut client, group)).await.inspect_err(|_| discard(client))
+    }
+
+    async fn ask(&mut self, question: &Question) -> Result<Answer, StoreError> {
+        let client = in_time(self.client()).await?;
+        let answered = in_time(answer(&client, question)).await;
+        self.was_drained |= matches!((question, &answered), (Question::Drained, Ok(_)));
+        answered.inspect_err(|_| discard(client))
     }
 
     async fn forget(&mut self, retention: Duration) -> Result<u64, StoreError> {
@@ -168,11 +201,11 @@ async fn transact(client: &mut Object, group: &mut Group) -> Result<(), StoreErr
     let ids: Vec<Arc<str>> = group.ids().into_iter().collect();
     let (rows, now) = lock(&transaction, &ids).await?;
     let mut empty: HashSet<_> = ids.into_iter().filter(|id| !rows.contains_key(id)).collect();
-    let mut columns = Columns::default();
+    let mut columns = Arrays::default();
     for (id, row) in group.apply(rows, now) {
         if let Some(row) = row {
             empty.remove(&id);
-            columns.push(id, row);
+            columns.push(id, row.into());
         } else {
             empty.insert(id);
         }
@@ -189,7 +222,8 @@ async fn remove(client: &Object, retention: Duration) -> Result<u64, StoreError>
     let settled = client
         .execute(
             "DELETE FROM call_manager_submits WHERE command_id IN (SELECT command_id FROM call_manager_submits \
-             WHERE settled_at IS NOT NULL AND settled_at <= $1 ORDER BY settled_at LIMIT $2 \
+             WHERE settled_at IS NOT NULL AND settled_at <= $1 AND published \
+             AND struck_until IS NULL ORDER BY settled_at LIMIT $2 \
              FOR UPDATE SKIP LOCKED)",
             &[&before(now, retention), &FORGET_AT_ONCE],
         )
@@ -197,7 +231,7 @@ async fn remove(client: &Object, retention: Duration) -> Result<u64, StoreError>
     let struck = client
         .execute(
             "DELETE FROM call_manager_submits WHERE command_id IN (SELECT command_id FROM call_manager_submits \
-             WHERE fingerprint IS NULL AND struck_until <= $1 LIMIT $2 \
+             WHERE fingerprint IS NULL AND settled_at IS NULL AND struck_until <= $1 LIMIT $2 \
              FOR UPDATE SKIP LOCKED)",
             &[&now, &FORGET_AT_ONCE],
         )
@@ -223,13 +257,10 @@ async fn lock(
         )
         .await?;
     let clock = transaction.prepare_cached(NOW).await?;
-    let select = transaction
-        .prepare_cached(
-            "SELECT command_id, fingerprint, token, worker, lease_until, sent_from, attempts, \
-             struck_until, settled_at, ending FROM call_manager_submits \
-             WHERE command_id = ANY ($1::text[])",
-        )
-        .await?;
+    let select = format!(
+        "SELECT command_id, {NAMES} FROM call_manager_submits WHERE command_id = ANY ($1::text[])"
+    );
+    let select = transaction.prepare_cached(&select).await?;
     let ids: Vec<&str> = ids.iter().map(|id| &**id).collect();
     let ids: [&(dyn ToSql + Sync); 1] = [&ids];
     // Sent together, in this order: one round trip.
@@ -245,53 +276,72 @@ async fn lock(
 /// `None` for a row that is empty.
 fn read(row: &tokio_postgres::Row) -> Result<Option<(Arc<str>, Row)>, tokio_postgres::Error> {
     let id = row.try_get::<_, &str>(0)?;
-    let token: Option<Uuid> = row.try_get(2)?;
-    let struck_until: Option<Millis> = row.try_get(7)?;
-    let settled_at: Option<Millis> = row.try_get(8)?;
-    let state = match (settled_at, token) {
-        (Some(at), _) => State::Settled { at, ending: row.try_get::<_, &str>(9)?.into() },
-        (None, Some(token)) => State::InHand(Hold {
-            token,
-            worker: row.try_get(3)?,
-            lease_until: row.try_get(4)?,
-            sent_from: row.try_get(5)?,
-            attempts: u32::try_from(row.try_get::<_, i64>(6)?).unwrap_or(u32::MAX),
-        }),
-        (None, None) if struck_until.is_none() => return Ok(None),
-        (None, None) => State::Waiting,
+    let text = |column| Ok(row.try_get::<_, Option<&str>>(column)?.map(Arc::from));
+    let columns = Columns {
+        fingerprint: row.try_get(1)?,
+        body: row.try_get(2)?,
+        token: row.try_get(3)?,
+        worker: row.try_get(4)?,
+        lease_until: row.try_get(5)?,
+        sent_from: row.try_get(6)?,
+        busy_until: row.try_get(7)?,
+        attempts: row.try_get(8)?,
+        keys: row.try_get(9)?,
+        struck_until: row.try_get(10)?,
+        touched_at: row.try_get(11)?,
+        origin: text(12)?,
+        settled_at: row.try_get(13)?,
+        ending: text(14)?,
+        published: row.try_get(15)?,
+        batch_id: text(16)?,
+        batch_key: row.try_get(17)?,
     };
-    Ok(Some((id.into(), Row { fingerprint: row.try_get(1)?, struck_until, state })))
+    Ok(columns.into_row().map(|row| (id.into(), row)))
 }
 
-/// The columns of many rows, as the arrays that `unnest` turns back into rows.
+/// Many rows, as the arrays that `unnest` turns back into rows.
 #[derive(Default)]
-struct Columns {
+struct Arrays {
     command_id: Vec<Arc<str>>,
     fingerprint: Vec<Option<Uuid>>,
+    body: Vec<Option<Uuid>>,
     token: Vec<Option<Uuid>>,
     worker: Vec<Option<Uuid>>,
     lease_until: Vec<Option<Millis>>,
     sent_from: Vec<Option<Millis>>,
+    busy_until: Vec<Option<Millis>>,
     attempts: Vec<Option<i64>>,
+    keys: Vec<Option<Vec<u8>>>,
     struck_until: Vec<Option<Millis>>,
+    touched_at: Vec<Millis>,
+    origin: Vec<Option<Arc<str>>>,
     settled_at: Vec<Option<Millis>>,
     ending: Vec<Option<Arc<str>>>,
+    published: Vec<bool>,
+    batch_id: Vec<Option<Arc<str>>>,
+    batch_key: Vec<Option<Uuid>>,
 }
 
-impl Columns {
-    fn push(&mut self, id: Arc<str>, row: Row) {
-        let (hold, settled) = row.state.into_parts();
-        let hold = hold.as_ref();
+impl Arrays {
+    fn push(&mut self, id: Arc<str>, row: Columns) {
         self.command_id.push(id);
         self.fingerprint.push(row.fingerprint);
-        self.token.push(hold.map(|hold| hold.token));
-        self.worker.push(hold.map(|hold| hold.worker));
-        self.lease_until.push(hold.map(|hold| hold.lease_until));
-        self.sent_from.push(hold.map(|hold| hold.sent_from));
-        self.attempts.push(hold.map(|hold| hold.attempts.into()));
+        self.body.push(row.body);
+        self.token.push(row.token);
+        self.worker.push(row.worker);
+        self.lease_until.push(row.lease_until);
+        self.sent_from.push(row.sent_from);
+        self.busy_until.push(row.busy_until);
+        self.attempts.push(row.attempts);
+        self.keys.push(row.keys);
         self.struck_until.push(row.struck_until);
-        self.settled_at.push(settled.as_ref().map(|(at, _)| *at));
-        self.ending.push(settled.map(|(_, ending)| ending));
+        self.touched_at.push(row.touched_at);
+        self.origin.push(row.origin);
+        self.settled_at.push(row.settled_at);
+        self.ending.push(row.ending);
+        self.published.push(row.published);
+        self.batch_id.push(row.batch_id);
+        self.batch_key.push(row.batch_key);
     }
 }
 
@@ -307,41 +357,87 @@ async fn delete(transaction: &Transaction<'_>, ids: &HashSet<Arc<str>>) -> Resul
     Ok(())
 }
 
-async fn write(transaction: &Transaction<'_>, columns: &Columns) -> Result<(), StoreError> {
-    if columns.command_id.is_empty() {
+async fn write(transaction: &Transaction<'_>, rows: &Arrays) -> Result<(), StoreError> {
+    if rows.command_id.is_empty() {
         return Ok(());
     }
-    let update = transaction
-        .prepare_cached(
-            "UPDATE call_manager_submits AS old SET fingerprint = new.fingerprint, token = new.token, \
-             worker = new.worker, lease_until = new.lease_until, sent_from = new.sent_from, \
-             attempts = new.attempts, struck_until = new.struck_until, \
-             settled_at = new.settled_at, ending = new.ending \
-             FROM unnest($1::text[], $2::uuid[], $3::uuid[], $4::uuid[], $5::bigint[], \
-             $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[], $10::text[]) \
-             AS new (command_id, fingerprint, token, worker, lease_until, sent_from, attempts, \
-             struck_until, settled_at, ending) \
-             WHERE old.command_id = new.command_id",
-        )
-        .await?;
-    let ids: Vec<&str> = columns.command_id.iter().map(|id| &**id).collect();
-    let endings: Vec<Option<&str>> = columns.ending.iter().map(Option::as_deref).collect();
-    transaction
-        .execute(
-            &update,
-            &[
-                &ids,
-                &columns.fingerprint,
-                &columns.token,
-                &columns.worker,
-                &columns.lease_until,
-                &columns.sent_from,
-                &columns.attempts,
-                &columns.struck_until,
-                &columns.settled_at,
-                &endings,
-            ],
-        )
-        .await?;
+    let set: Vec<String> = NAMES.split(", ").map(|name| format!("{name} = new.{name}")).collect();
+    let update = format!(
+        "UPDATE call_manager_submits AS old SET {} FROM unnest($1::text[], $2::uuid[], $3::uuid[], \
+         $4::uuid[], $5::uuid[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[], \
+         $10::bytea[], $11::bigint[], $12::bigint[], $13::text[], $14::bigint[], $15::text[], \
+         $16::boolean[], $17::text[], $18::uuid[]) AS new (command_id, {NAMES}) \
+         WHERE old.command_id = new.command_id",
+        set.join(", ")
+    );
+    let update = transaction.prepare_cached(&update).await?;
+    let ids: Vec<&str> = rows.command_id.iter().map(|id| &**id).collect();
+    let texts = |column: &[Option<Arc<str>>]| -> Vec<Option<String>> {
+        column.iter().map(|text| text.as_deref().map(str::to_owned)).collect()
+    };
+    let (origins, endings) = (texts(&rows.origin), texts(&rows.ending));
+    let batches = texts(&rows.batch_id);
+    let values: [&(dyn ToSql + Sync); 18] = [
+        &ids,
+        &rows.fingerprint,
+        &rows.body,
+        &rows.token,
+        &rows.worker,
+        &rows.lease_until,
+        &rows.sent_from,
+        &rows.busy_until,
+        &rows.attempts,
+        &rows.keys,
+        &rows.struck_until,
+        &rows.touched_at,
+        &origins,
+        &rows.settled_at,
+        &endings,
+        &rows.published,
+        &batches,
+        &rows.batch_key,
+    ];
+    transaction.execute(&update, &values).await?;
     Ok(())
+}
+
+async fn answer(client: &Object, question: &Question) -> Result<Answer, StoreError> {
+    Ok(match question {
+        Question::Unfinished { untouched, cancel } => {
+            let now: Millis = client.query_one(NOW, &[]).await?.try_get(0)?;
+            let select = "SELECT command_id FROM (SELECT command_id FROM call_manager_submits \
+                 WHERE ((settled_at IS NULL AND origin IS NOT NULL) OR NOT published) \
+                 AND touched_at <= $1 ORDER BY touched_at LIMIT $3) AS untouched \
+                 UNION SELECT command_id FROM (SELECT command_id FROM call_manager_submits \
+                 WHERE settled_at IS NOT NULL AND struck_until IS NOT NULL AND touched_at <= $2 \
+                 ORDER BY touched_at LIMIT $3) AS to_cancel";
+            let select = client.prepare_cached(select).await?;
+            let limits: [&(dyn ToSql + Sync); 3] =
+                [&before(now, *untouched), &before(now, *cancel), &UNFINISHED_AT_ONCE];
+            let rows = client.query(&select, &limits).await?;
+            let ids = rows.iter().map(|row| Ok(row.try_get::<_, &str>(0)?.into()));
+            Answer::Unfinished(ids.collect::<Result<_, tokio_postgres::Error>>()?)
+        }
+        Question::Owners(batches) => {
+            let select = "SELECT batch_id, command_id FROM call_manager_submits \
+                 WHERE batch_id = ANY ($1::text[])";
+            let select = client.prepare_cached(select).await?;
+            let rows = client.query(&select, &[batches]).await?;
+            let owners = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+            Answer::Owners(owners.collect::<Result<_, tokio_postgres::Error>>()?)
+        }
+        Question::BatchOf(key) => {
+            let select = "SELECT batch_id FROM call_manager_submits WHERE batch_key = $1 \
+                 ORDER BY settled_at DESC LIMIT 1";
+            let row = client.query_opt(select, &[key]).await?;
+            Answer::BatchOf(row.map(|row| row.try_get(0)).transpose()?)
+        }
+        Question::Drained => {
+            let note = format!(
+                "UPDATE call_manager_ledger SET drained_at = ({NOW}) WHERE drained_at IS NULL"
+            );
+            client.execute(&note, &[]).await?;
+            Answer::Noted
+        }
+    })
 }

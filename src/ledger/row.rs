@@ -1,56 +1,57 @@
-//! The row of one submit and its transitions: pure, the same for every store.
+//! The row of one submit: what is known of it, and what that says at a given time.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::op::Body;
+
 /// Milliseconds since 1970, by the store's clock.
 pub type Millis = i64;
 
-/// What stands for an age that cannot be told.
-const LONG_AGO: Duration = Duration::from_secs(24 * 60 * 60);
+/// Stands for the age of an attempt whose time is not known: older than any message still waits.
+pub(super) const LONG_AGO: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// How many API keys a row remembers. A submit that met more ends as one whose key is not known.
+const MAX_KEYS: usize = 8;
 
 /// What is known of one submit.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Row {
     /// Tells two bodies apart; `None` while there is only a strike, and where it was given up unread.
     pub fingerprint: Option<Uuid>,
-    /// Until when it must not be begun.
+    /// Hash of the body's raw bytes: what a message that is given up unread is compared with.
+    pub body: Option<Uuid>,
+    /// A cancel came. While there is nothing else in the row, the strike ends at this time. Later it
+    /// lasts until the submit is finished; a batch that was created all the same has to be cancelled.
     pub struck_until: Option<Millis>,
+    /// When the row was changed last.
+    pub touched_at: Millis,
+    /// What the submit is finished with when its message does not come back, as JSON.
+    pub origin: Option<Arc<str>>,
     /// Who has it, or how it ended.
     pub state: State,
 }
 
 /// Where a submit stands.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Nobody has begun it: there is only a strike.
     Waiting,
+    /// Somebody had it, and nothing of it was done: it may be claimed without a search.
+    Released {
+        /// How often ElevenLabs was called.
+        attempts: u32,
+    },
     /// A request may have left, or leaves any moment.
     InHand(Hold),
-    /// It is done.
-    Settled {
-        /// Since when.
-        at: Millis,
-        /// [`crate::domain::result::Ending`] as JSON.
-        ending: Arc<str>,
-    },
-}
-
-impl State {
-    /// What a store keeps in columns of its own: the hold, or when and how it ended.
-    pub fn into_parts(self) -> (Option<Hold>, Option<(Millis, Arc<str>)>) {
-        match self {
-            Self::Waiting => (None, None),
-            Self::InHand(hold) => (Some(hold), None),
-            Self::Settled { at, ending } => (None, Some((at, ending))),
-        }
-    }
+    /// It is finished.
+    Settled(Settled),
 }
 
 /// A worker's hold on a submit.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Hold {
     /// The claim.
     pub token: Uuid,
@@ -60,234 +61,115 @@ pub struct Hold {
     pub lease_until: Millis,
     /// From when on a request of any holder may have left.
     pub sent_from: Millis,
-    /// How often the vendor was called, by all holders.
+    /// When the last request of any holder is over, whatever became of its holder.
+    pub busy_until: Millis,
+    /// How often ElevenLabs was called, by all holders.
     pub attempts: u32,
+    /// The hashes of the API keys that attempts were made with: absence counts for these alone.
+    pub keys: Vec<Uuid>,
 }
 
-/// Something to do with one row.
-#[derive(Clone, Debug)]
-pub enum Op {
-    /// Take it in hand.
-    Claim {
-        /// Of the body.
-        fingerprint: Uuid,
-        /// Of this claim alone.
-        token: Uuid,
-        /// Who claims. One worker has no two live claims of one submit.
-        worker: Uuid,
-        /// How long nobody else may take it.
-        lease: Duration,
-    },
-    /// Keep it in hand.
-    Renew {
-        /// The claim.
-        token: Uuid,
-        /// From now on.
-        lease: Duration,
-        /// How often the vendor was called, this time included.
-        attempts: u32,
-    },
-    /// Record how it ended.
-    Settle {
-        /// The claim.
-        token: Uuid,
-        /// Of the body.
-        fingerprint: Uuid,
-        /// As JSON.
-        ending: Arc<str>,
-        /// The batch surely exists.
-        succeeded: bool,
-    },
-    /// Let go of it.
-    Release {
-        /// The claim.
-        token: Uuid,
-        /// A request may have left: whoever comes next has to look for its batch first.
-        may_have_left: bool,
-    },
-    /// Record how it ended, unless somebody has it in hand.
-    Condemn {
-        /// Who asks. What it had in hand itself it has not any more.
-        worker: Uuid,
-        /// As JSON; `None` only asks what was done for it.
-        ending: Option<Arc<str>>,
-    },
-    /// See where it stands.
-    Find {
-        /// Unless it is settled, let nobody begin it so long.
-        strike: Option<Duration>,
-    },
+/// The end of a submit.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Settled {
+    /// Retention counts from here: when it ended, or a later time at which the calls begin.
+    pub at: Millis,
+    /// [`crate::domain::result::Ending`] as JSON.
+    pub ending: Arc<str>,
+    /// The broker has confirmed its result.
+    pub published: bool,
+    /// The batch, where there is one.
+    pub batch: Option<Batch>,
 }
 
-/// What came of an [`Op`].
-#[derive(Clone, Debug, PartialEq)]
-pub enum Reply {
-    /// Claim: the caller has it. Renew: still. Condemn: it could.
-    Yours {
-        /// What there was before: nothing for a fresh claim.
-        history: Option<History>,
-        /// A cancel came first.
-        struck: bool,
-    },
-    /// Claim, condemn: a live lease of another worker. Find: somebody's.
-    InHand {
-        /// How long the lease still lasts.
-        remaining: Duration,
-    },
-    /// It ended so: recorded now (settle, condemn), or before.
-    Settled(Arc<str>),
-    /// Claim: the id belongs to another body.
-    Conflict,
-    /// Renew, settle: another worker has taken it over.
-    Gone,
-    /// Release: done. Find: nobody has begun it.
-    Nobody,
+/// A batch, and the API key that sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Batch {
+    /// ElevenLabs' id.
+    pub id: Arc<str>,
+    /// Hash of the key.
+    pub key: Uuid,
 }
 
 /// What has been done for a submit.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct History {
     /// Since a request may have left for the first time.
     pub age: Duration,
-    /// How often the vendor was called, at most.
-    pub attempts: u32,
+    /// Since every request must be over; zero while one may still be under way.
+    pub quiet: Duration,
+    /// Until every request must be over.
+    pub busy: Duration,
+    /// The API keys of the attempts.
+    pub keys: Vec<Uuid>,
 }
 
 impl History {
-    fn of(hold: &Hold, now: Millis) -> Self {
+    pub(super) fn of(hold: &Hold, now: Millis) -> Self {
         // A clock that was put back says nothing about how long ago that was.
         let age = if hold.sent_from > now { LONG_AGO } else { between(hold.sent_from, now) };
-        Self { age, attempts: hold.attempts }
-    }
-}
-
-impl Op {
-    /// Applies itself to the row of its submit, at the time `now`.
-    pub fn apply(&self, row: &mut Option<Row>, now: Millis) -> Reply {
-        match self {
-            Self::Claim { fingerprint, token, worker, lease } => {
-                let hold = Hold {
-                    token: *token,
-                    worker: *worker,
-                    lease_until: after(now, *lease),
-                    sent_from: now,
-                    // The claim covers the first request.
-                    attempts: 1,
-                };
-                claim(row, now, *fingerprint, hold)
-            }
-            Self::Renew { token, lease, attempts } => match row {
-                Some(Row { state: State::InHand(hold), struck_until, .. })
-                    if hold.token == *token =>
-                {
-                    hold.lease_until = after(now, *lease);
-                    hold.attempts = hold.attempts.max(*attempts);
-                    let history = Some(History::of(hold, now));
-                    Reply::Yours { history, struck: is_later(*struck_until, now) }
-                }
-                _ => Reply::Gone,
-            },
-            Self::Settle { token, fingerprint, ending, succeeded } => {
-                match row.as_ref().map(|row| &row.state) {
-                    Some(State::Settled { ending, .. }) => {
-                        return Reply::Settled(Arc::clone(ending));
-                    }
-                    // That its own request created no batch says nothing about the other holder's.
-                    Some(State::InHand(hold)) if hold.token != *token && !succeeded => {
-                        return Reply::Gone;
-                    }
-                    _ => {}
-                }
-                *row = Some(Row {
-                    fingerprint: Some(*fingerprint),
-                    struck_until: None,
-                    state: State::Settled { at: now, ending: Arc::clone(ending) },
-                });
-                Reply::Settled(Arc::clone(ending))
-            }
-            Self::Release { token, may_have_left } => {
-                if let Some(Row { state: State::InHand(hold), struck_until, .. }) = row
-                    && hold.token == *token
-                {
-                    if *may_have_left {
-                        hold.lease_until = now;
-                    } else {
-                        let strike = struck_until.filter(|until| *until > now);
-                        *row = strike.map(|until| Row {
-                            fingerprint: None,
-                            struck_until: Some(until),
-                            state: State::Waiting,
-                        });
-                    }
-                }
-                Reply::Nobody
-            }
-            Self::Condemn { worker, ending } => condemn(row, now, *worker, ending.as_ref()),
-            Self::Find { strike } => find(row, now, *strike),
+        Self {
+            age,
+            quiet: between(hold.busy_until, now),
+            busy: between(now, hold.busy_until),
+            keys: hold.keys.clone(),
         }
     }
 }
 
-fn claim(row: &mut Option<Row>, now: Millis, fingerprint: Uuid, mut new: Hold) -> Reply {
-    let struck_until = row.as_ref().and_then(|row| row.struck_until);
-    let mut history = None;
-    if let Some(row) = row {
-        if row.fingerprint.is_some_and(|known| known != fingerprint) {
-            return Reply::Conflict;
+impl Hold {
+    /// Goes on where another holder left no word. No request is under way past `longest`: a clock
+    /// that was put back makes none longer.
+    pub(super) fn take_over(&mut self, held: &Self, longest: Millis) {
+        self.sent_from = held.sent_from;
+        self.busy_until = held.busy_until.min(longest);
+        self.keys.clone_from(&held.keys);
+    }
+
+    pub(super) fn note_key(&mut self, key: Uuid) {
+        if self.keys.contains(&key) {
+            return;
         }
-        match &row.state {
-            State::Waiting => {}
-            State::Settled { ending, .. } => return Reply::Settled(Arc::clone(ending)),
-            State::InHand(held) if held.worker != new.worker && held.lease_until > now => {
-                return Reply::InHand { remaining: between(now, held.lease_until) };
-            }
-            State::InHand(held) => {
-                new.sent_from = held.sent_from;
-                new.attempts = held.attempts;
-                history = Some(History::of(held, now));
-            }
+        // One that nobody has: with so many keys, no search proves anything any more.
+        self.keys.push(if self.keys.len() < MAX_KEYS { key } else { Uuid::nil() });
+        self.keys.dedup();
+    }
+}
+
+impl Row {
+    pub(super) fn new(now: Millis, state: State) -> Self {
+        let (fingerprint, body, struck_until, origin) = (None, None, None, None);
+        Self { fingerprint, body, struck_until, touched_at: now, origin, state }
+    }
+
+    /// Whether a cancel holds at `now`: for ever once the submit has been claimed.
+    pub(super) fn is_struck(&self, now: Millis) -> bool {
+        self.struck_until.is_some_and(|until| self.fingerprint.is_some() || until > now)
+    }
+
+    /// Somebody has begun it, and its result is not with the broker.
+    pub fn is_unfinished(&self) -> bool {
+        match &self.state {
+            State::Waiting => false,
+            // Those of the former version have nothing that they could be finished with.
+            State::Released { .. } | State::InHand(_) => self.origin.is_some(),
+            State::Settled(settled) => !settled.published,
         }
     }
-    *row = Some(Row { fingerprint: Some(fingerprint), struck_until, state: State::InHand(new) });
-    Reply::Yours { history, struck: is_later(struck_until, now) }
-}
 
-fn condemn(row: &mut Option<Row>, now: Millis, asks: Uuid, ending: Option<&Arc<str>>) -> Reply {
-    let mut history = None;
-    match row.as_ref().map(|row| &row.state) {
-        Some(State::Settled { ending, .. }) => return Reply::Settled(Arc::clone(ending)),
-        Some(State::InHand(hold)) if hold.worker != asks && hold.lease_until > now => {
-            return Reply::InHand { remaining: between(now, hold.lease_until) };
-        }
-        Some(State::InHand(hold)) => history = Some(History::of(hold, now)),
-        None | Some(State::Waiting) => {}
+    /// Its batch exists, and a cancel came while it was created.
+    pub fn is_to_cancel(&self) -> bool {
+        matches!(self.state, State::Settled(_)) && self.struck_until.is_some()
     }
-    let Some(ending) = ending else { return Reply::Yours { history, struck: false } };
-    let fingerprint = row.as_ref().and_then(|row| row.fingerprint);
-    let state = State::Settled { at: now, ending: Arc::clone(ending) };
-    *row = Some(Row { fingerprint, struck_until: None, state });
-    Reply::Settled(Arc::clone(ending))
-}
 
-fn find(row: &mut Option<Row>, now: Millis, strike: Option<Duration>) -> Reply {
-    let reply = match row.as_ref().map(|row| &row.state) {
-        None | Some(State::Waiting) => Reply::Nobody,
-        Some(State::InHand(hold)) => Reply::InHand { remaining: between(now, hold.lease_until) },
-        Some(State::Settled { ending, .. }) => return Reply::Settled(Arc::clone(ending)),
-    };
-    if let Some(strike) = strike {
-        let row =
-            row.get_or_insert(Row { fingerprint: None, struck_until: None, state: State::Waiting });
-        row.struck_until = row.struck_until.max(Some(after(now, strike)));
+    pub(super) fn take(&mut self, body: &Body) {
+        self.fingerprint = Some(body.fingerprint);
+        self.body = Some(body.hash);
+        self.origin = Some(Arc::clone(&body.origin));
     }
-    reply
 }
 
-fn is_later(time: Option<Millis>, now: Millis) -> bool {
-    time.is_some_and(|time| time > now)
-}
-
-fn after(now: Millis, span: Duration) -> Millis {
+pub(super) fn after(now: Millis, span: Duration) -> Millis {
     now.saturating_add(millis(span))
 }
 
@@ -300,10 +182,6 @@ fn millis(span: Duration) -> Millis {
     Millis::try_from(span.as_millis()).unwrap_or(Millis::MAX)
 }
 
-fn between(earlier: Millis, later: Millis) -> Duration {
+pub(super) fn between(earlier: Millis, later: Millis) -> Duration {
     Duration::from_millis(u64::try_from(later.saturating_sub(earlier)).unwrap_or_default())
 }
-
-#[cfg(test)]
-#[path = "row_tests.rs"]
-mod tests;

@@ -11,13 +11,17 @@ use rusqlite::{
 };
 use uuid::Uuid;
 
+use super::columns::{Columns, NAMES};
 use super::group::Group;
-use super::row::{Hold, Millis, Row, State, before};
-use super::store::{FORGET_AT_ONCE, Store, StoreError};
+use super::row::before;
+use super::store::{Answer, FORGET_AT_ONCE, Question, Store, StoreError, UNFINISHED_AT_ONCE};
 use super::{OpenError, wall_clock};
 
 /// In order; a file's `user_version` says how many it has had.
-const MIGRATIONS: [&str; 1] = [include_str!("../../migrations/sqlite/0001_submits.sql")];
+const MIGRATIONS: [&str; 2] = [
+    include_str!("../../migrations/sqlite/0001_submits.sql"),
+    include_str!("../../migrations/sqlite/0002_finishing.sql"),
+];
 
 /// How long to wait for a former worker that is just ending.
 const BUSY: Duration = Duration::from_secs(5);
@@ -25,12 +29,13 @@ const BUSY: Duration = Duration::from_secs(5);
 /// A connection that holds its file alone.
 pub struct Sqlite {
     worker: Uuid,
+    was_drained: bool,
     connection: Connection,
 }
 
 impl Sqlite {
-    /// Opens or creates the file. Blocks.
-    pub fn open(path: &Path) -> Result<Self, OpenError> {
+    /// Opens or creates the file, for the ElevenLabs at `base_url` alone. Blocks.
+    pub fn open(path: &Path, base_url: &str) -> Result<Self, OpenError> {
         let failed = |source: rusqlite::Error| match source.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
                 OpenError::InUse { path: PathBuf::from(path) }
@@ -49,8 +54,12 @@ impl Sqlite {
         if usize::try_from(had).is_ok_and(|had| had > MIGRATIONS.len()) {
             return Err(OpenError::Newer { place: path.display().to_string() });
         }
-        let worker = owner(&mut connection).map_err(failed)?;
-        Ok(Self { worker, connection })
+        let owner = owner(&mut connection, base_url).map_err(failed)?;
+        if owner.base_url != base_url {
+            let place = format!("the ledger {}", path.display());
+            return Err(OpenError::OtherElevenlabs { place, known: owner.base_url });
+        }
+        Ok(Self { worker: owner.worker, was_drained: owner.was_drained, connection })
     }
 }
 
@@ -77,19 +86,27 @@ fn prepare(connection: &mut Connection) -> rusqlite::Result<i64> {
 }
 
 /// Who the file belongs to, for ever.
-fn owner(connection: &mut Connection) -> rusqlite::Result<Uuid> {
+struct Owner {
+    worker: Uuid,
+    base_url: String,
+    was_drained: bool,
+}
+
+/// A file that belongs to nobody yet becomes this worker's, for this ElevenLabs.
+fn owner(connection: &mut Connection, base_url: &str) -> rusqlite::Result<Owner> {
     let transaction = exclusive(connection)?;
-    let known =
-        transaction.query_row("SELECT worker FROM owner", (), |row| row.get(0)).optional()?;
-    let worker = if let Some(worker) = known {
-        worker
-    } else {
-        let worker = Uuid::now_v7();
-        transaction.execute("INSERT INTO owner (worker) VALUES (?1)", [worker])?;
-        worker
-    };
+    transaction.execute(
+        "INSERT INTO owner (worker) SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM owner)",
+        [Uuid::now_v7()],
+    )?;
+    transaction.execute("UPDATE owner SET base_url = ?1 WHERE base_url IS NULL", [base_url])?;
+    let owner = transaction.query_row(
+        "SELECT worker, base_url, drained_at IS NOT NULL FROM owner",
+        (),
+        |row| Ok(Owner { worker: row.get(0)?, base_url: row.get(1)?, was_drained: row.get(2)? }),
+    )?;
     transaction.commit()?;
-    Ok(worker)
+    Ok(owner)
 }
 
 fn exclusive(connection: &mut Connection) -> rusqlite::Result<Transaction<'_>> {
@@ -101,50 +118,66 @@ impl Store for Sqlite {
         self.worker
     }
 
+    fn was_drained(&self) -> bool {
+        self.was_drained
+    }
+
     // Blocks: it runs on a thread of its own.
     async fn commit(&mut self, group: &mut Group) -> Result<(), StoreError> {
         let transaction = self.connection.transaction()?;
         let mut rows = HashMap::new();
         {
-            let mut select = transaction.prepare_cached(
-                "SELECT fingerprint, token, worker, lease_until, sent_from, attempts, struck_until, \
-                 settled_at, ending FROM submits WHERE command_id = ?1",
-            )?;
+            let select = format!("SELECT {NAMES} FROM submits WHERE command_id = ?1");
+            let mut select = transaction.prepare_cached(&select)?;
             for id in group.ids() {
-                if let Some(row) = select.query_row([&*id], read).optional()? {
+                let columns = select.query_row([&*id], read).optional()?;
+                if let Some(row) = columns.and_then(Columns::into_row) {
                     rows.insert(id, row);
                 }
             }
-            let mut write = transaction.prepare_cached(
-                "INSERT OR REPLACE INTO submits (command_id, fingerprint, token, worker, \
-                 lease_until, sent_from, attempts, struck_until, settled_at, ending) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
-            )?;
             let mut delete =
                 transaction.prepare_cached("DELETE FROM submits WHERE command_id = ?1")?;
             for (id, row) in group.apply(rows, wall_clock()) {
-                let Some(row) = row else {
-                    delete.execute([&*id])?;
-                    continue;
-                };
-                let (hold, settled) = row.state.into_parts();
-                let hold = hold.as_ref();
-                write.execute(params![
-                    &*id,
-                    row.fingerprint,
-                    hold.map(|hold| hold.token),
-                    hold.map(|hold| hold.worker),
-                    hold.map(|hold| hold.lease_until),
-                    hold.map(|hold| hold.sent_from),
-                    hold.map(|hold| hold.attempts),
-                    row.struck_until,
-                    settled.as_ref().map(|(at, _)| at),
-                    settled.as_ref().map(|(_, ending)| &**ending),
-                ])?;
+                match row {
+                    Some(row) => write(&transaction, &id, &row.into())?,
+                    None => drop(delete.execute([&*id])?),
+                }
             }
         }
         transaction.commit()?;
         Ok(())
+    }
+
+    async fn ask(&mut self, question: &Question) -> Result<Answer, StoreError> {
+        Ok(match question {
+            Question::Unfinished { untouched, cancel } => {
+                Answer::Unfinished(self.unfinished(*untouched, *cancel)?)
+            }
+            Question::Owners(batches) => {
+                let mut select = self
+                    .connection
+                    .prepare_cached("SELECT command_id FROM submits WHERE batch_id = ?1")?;
+                let mut owners = HashMap::new();
+                for batch in batches {
+                    if let Some(id) = select.query_row([batch], |row| row.get(0)).optional()? {
+                        owners.insert(batch.clone(), id);
+                    }
+                }
+                Answer::Owners(owners)
+            }
+            Question::BatchOf(key) => {
+                let newest = "SELECT batch_id FROM submits WHERE batch_key = ?1 \
+                     ORDER BY settled_at DESC LIMIT 1";
+                let found = self.connection.query_row(newest, [key], |row| row.get(0));
+                Answer::BatchOf(found.optional()?)
+            }
+            Question::Drained => {
+                let note = "UPDATE owner SET drained_at = ?1 WHERE drained_at IS NULL";
+                self.connection.execute(note, [wall_clock()])?;
+                self.was_drained = true;
+                Answer::Noted
+            }
+        })
     }
 
     async fn forget(&mut self, retention: Duration) -> Result<u64, StoreError> {
@@ -152,12 +185,13 @@ impl Store for Sqlite {
         let transaction = self.connection.transaction()?;
         let settled = transaction.execute(
             "DELETE FROM submits WHERE command_id IN (SELECT command_id FROM submits \
-             WHERE settled_at IS NOT NULL AND settled_at <= ?1 ORDER BY settled_at LIMIT ?2)",
+             WHERE settled_at IS NOT NULL AND settled_at <= ?1 AND published = 1 \
+             AND struck_until IS NULL ORDER BY settled_at LIMIT ?2)",
             params![before(now, retention), FORGET_AT_ONCE],
         )?;
         let struck = transaction.execute(
             "DELETE FROM submits WHERE command_id IN (SELECT command_id FROM submits \
-             WHERE fingerprint IS NULL AND struck_until <= ?1 LIMIT ?2)",
+             WHERE fingerprint IS NULL AND settled_at IS NULL AND struck_until <= ?1 LIMIT ?2)",
             params![now, FORGET_AT_ONCE],
         )?;
         transaction.commit()?;
@@ -165,19 +199,76 @@ impl Store for Sqlite {
     }
 }
 
-fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
-    let token: Option<Uuid> = row.get(1)?;
-    let settled_at: Option<Millis> = row.get(7)?;
-    let state = match (settled_at, token) {
-        (Some(at), _) => State::Settled { at, ending: row.get::<_, Arc<str>>(8)? },
-        (None, Some(token)) => State::InHand(Hold {
-            token,
-            worker: row.get(2)?,
-            lease_until: row.get(3)?,
-            sent_from: row.get(4)?,
-            attempts: row.get(5)?,
-        }),
-        (None, None) => State::Waiting,
-    };
-    Ok(Row { fingerprint: row.get(0)?, struck_until: row.get(6)?, state })
+impl Sqlite {
+    fn unfinished(
+        &self,
+        untouched: Duration,
+        cancel: Duration,
+    ) -> Result<Vec<Arc<str>>, rusqlite::Error> {
+        let now = wall_clock();
+        let mut select = self.connection.prepare_cached(
+            "SELECT command_id FROM (SELECT command_id, touched_at FROM submits \
+             WHERE ((settled_at IS NULL AND origin IS NOT NULL) OR published = 0) \
+             AND touched_at <= ?1 ORDER BY touched_at LIMIT ?3) \
+             UNION SELECT command_id FROM (SELECT command_id, touched_at FROM submits \
+             WHERE settled_at IS NOT NULL AND struck_until IS NOT NULL \
+             AND touched_at <= ?2 ORDER BY touched_at LIMIT ?3)",
+        )?;
+        let limits = params![before(now, untouched), before(now, cancel), UNFINISHED_AT_ONCE];
+        select.query_map(limits, |row| row.get(0))?.collect()
+    }
+}
+
+fn write(
+    transaction: &Transaction<'_>,
+    command_id: &str,
+    row: &Columns,
+) -> Result<(), rusqlite::Error> {
+    let insert = format!(
+        "INSERT OR REPLACE INTO submits (command_id, {NAMES}) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)"
+    );
+    transaction.prepare_cached(&insert)?.execute(params![
+        command_id,
+        row.fingerprint,
+        row.body,
+        row.token,
+        row.worker,
+        row.lease_until,
+        row.sent_from,
+        row.busy_until,
+        row.attempts,
+        row.keys,
+        row.struck_until,
+        row.touched_at,
+        row.origin,
+        row.settled_at,
+        row.ending,
+        row.published,
+        row.batch_id,
+        row.batch_key,
+    ])?;
+    Ok(())
+}
+
+fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Columns> {
+    Ok(Columns {
+        fingerprint: row.get(0)?,
+        body: row.get(1)?,
+        token: row.get(2)?,
+        worker: row.get(3)?,
+        lease_until: row.get(4)?,
+        sent_from: row.get(5)?,
+        busy_until: row.get(6)?,
+        attempts: row.get(7)?,
+        keys: row.get(8)?,
+        struck_until: row.get(9)?,
+        touched_at: row.get(10)?,
+        origin: row.get(11)?,
+        settled_at: row.get(12)?,
+        ending: row.get(13)?,
+        published: row.get(14)?,
+        batch_id: row.get(15)?,
+        batch_key: row.get(16)?,
+    })
 }

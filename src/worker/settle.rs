@@ -43,9 +43,9 @@ pub async fn settle(
 ) {
     let started = Instant::now();
     let message = &delivery.message;
-    let (event, reason) = match handled(&shared, message, &link).await {
-        Handled::Answered(event) => (event, None),
-        Handled::Condemned { event, reason } => (event, Some(reason)),
+    let (event, reason, is_recorded) = match handled(&shared, message, &link).await {
+        Handled::Answered { event, is_recorded } => (event, None, is_recorded),
+        Handled::Condemned { event, reason, is_recorded } => (event, Some(reason), is_recorded),
         Handled::Deferred { wait, earlier } => {
             return defer(&shared, &delivery, &link, wait, &earlier).await;
         }
@@ -82,6 +82,9 @@ pub async fn settle(
         return;
     }
     shared.suspects.settled(message);
+    if is_recorded {
+        shared.handler.published(&event.command_id).await;
+    }
     info!(
         command = event.kind.name(),
         command_id = event.command_id,
@@ -195,7 +198,7 @@ fn lose(delivery: &Delivery, link: &Link, error: &PublishError) {
 }
 
 /// Publishes until the broker has the result or the generation ends; returns what was published.
-async fn publish(
+pub async fn publish(
     link: &Link,
     mut event: Arc<ResultEvent>,
 ) -> Result<Arc<ResultEvent>, PublishError> {

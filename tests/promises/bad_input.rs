@@ -131,7 +131,7 @@ async fn hostile_batch_ids_never_reach_the_vendor() {
             assert!(result.error().contains("batch_id: must be a batch id"), "{}", result.error());
         }
     }
-    assert_eq!(world.sandbox.requests().len(), 0);
+    assert_eq!(world.asked(), 0);
     world.finish().await;
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use call_manager::domain::command::CommandKind;
+use call_manager::domain::command::{CommandKind, marker};
 use elevenlabs_sandbox::{Effect, Fault, Route};
 use lapin::BasicProperties;
 use serde_json::json;
@@ -49,7 +49,7 @@ async fn submit(world: &World, id: &str) {
 
 /// How many batches carry the marker of a command, with the id of one of them.
 fn batches_of(world: &World, id: &str) -> (usize, String) {
-    let marker = json!(id);
+    let marker = json!(marker(id));
     let batches = world.sandbox.batches().into_iter().filter(|batch| {
         let mut recipients = batch.recipients.iter();
         recipients.any(|one| one.dynamic_variables.get("call_manager_command_id") == Some(&marker))

@@ -21,7 +21,12 @@ const SUBMIT: CommandKind = CommandKind::Submit;
 
 /// Past what a command waits in hand.
 fn limited() -> Fault {
-    Fault::on(Route::Submit, Effect::Status(Reply::new(429).retry_after("11")))
+    Fault::on(
+        Route::Submit,
+        Effect::Status(
+            Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.").retry_after("11"),
+        ),
+    )
 }
 
 async fn until_deferred(world: &World) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use call_manager::domain::command::{Command, CommandKind};
-use call_manager::elevenlabs::{Answer, Finder, Lost, SubmitRequest};
+use call_manager::elevenlabs::{Answer, Finder, Numbers, SearchKey, Seen, SubmitRequest};
 use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
 use futures_util::future::join_all;
 use tokio::task::JoinHandle;
@@ -14,10 +14,26 @@ use tokio::time::timeout;
 use crate::support::vendor::Vendor;
 use crate::support::{LIMIT, submit_body, until};
 
-fn lost(command_id: &str) -> Lost {
+fn lost(command_id: &str) -> SearchKey {
     let body = submit_body();
     let text = |field: &str| body[field].as_str().unwrap().to_owned();
-    Lost { command_id: command_id.into(), agent_id: text("agent_id"), name: text("call_name") }
+    let recipients = body["recipients"].as_array().unwrap().iter();
+    let numbers = recipients.map(|recipient| recipient["phone_number"].as_str().unwrap());
+    SearchKey {
+        command_id: command_id.to_owned(),
+        agent_id: text("agent_id"),
+        name: text("call_name"),
+        numbers: Numbers::of(command_id, numbers),
+    }
+}
+
+/// The batch, or `None` where it is surely not there.
+fn batch(seen: Seen) -> Option<String> {
+    match seen {
+        Seen::Batch(answer) => Some(answer.batch_id),
+        Seen::Absent => None,
+        Seen::Undecided(candidates) => panic!("{candidates:?}"),
+    }
 }
 
 async fn submit(vendor: &Vendor, command_id: &str) -> Answer {
@@ -41,7 +57,7 @@ async fn sixty_looks_at_once_share_one_reading_of_the_list_and_find_each_its_own
     let looked: Vec<usize> = (0..20).chain(230..270).collect();
     let looks = looked.iter().map(async |n| {
         let found = finder.look(&lost(&format!("m-{n}")), || Duration::from_secs(60)).await;
-        found.unwrap().map(|answer| answer.batch_id)
+        batch(found.unwrap())
     });
     let found = timeout(LIMIT, join_all(looks)).await.unwrap();
     for (n, found) in looked.into_iter().zip(found) {
@@ -78,7 +94,7 @@ async fn who_stops_looking_does_not_stop_those_who_share_the_reading() {
     until("one reads for both", async || vendor.requests(Route::List) == 5).await;
     leaves.abort();
     let found = timeout(LIMIT, stays).await.unwrap().unwrap().unwrap();
-    assert_eq!(found.map(|answer| answer.batch_id), Some(batch_id));
+    assert_eq!(batch(found), Some(batch_id));
     assert_eq!(vendor.requests(Route::List), 5);
 }
 
@@ -89,9 +105,9 @@ async fn one_name_that_cannot_be_ruled_out_says_nothing_of_another() {
     let unreadable = Effect::Status(Reply::new(500));
     vendor.sandbox.order(Fault::on(Route::Get, unreadable));
     let finder = Arc::new(Finder::new(vendor.client.clone()));
-    let (look, other) = (lost("nobody"), Lost { name: "Another".into(), ..lost("nobody") });
+    let (look, other) = (lost("nobody"), SearchKey { name: "Another".into(), ..lost("nobody") });
     let age = || Duration::from_secs(60);
     let (look, other) = tokio::join!(finder.look(&look, age), finder.look(&other, age));
     assert!(look.is_err(), "{batch_id} was not read");
-    assert!(other.unwrap().is_none());
+    assert_eq!(batch(other.unwrap()), None);
 }

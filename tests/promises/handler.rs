@@ -21,7 +21,7 @@ const TIMING: Timing = Timing {
     settling_window: LIMIT,
 };
 
-fn submit(id: &str) -> CommandMessage {
+pub fn submit(id: &str) -> CommandMessage {
     CommandMessage {
         queue: CommandKind::Submit,
         routing_key: Some(CommandKind::Submit.routing_key()),
@@ -33,6 +33,7 @@ fn submit(id: &str) -> CommandMessage {
         tracestate: None,
         reply_to: None,
         not_after: None,
+        expires_at: None,
         redeliveries: 0,
         earlier: Earlier::default(),
         body: submit_body().to_string().into_bytes(),
@@ -48,8 +49,13 @@ struct Trial {
 impl Trial {
     async fn start() -> Self {
         let vendor = Vendor::start().await;
-        let settings =
-            Settings { location: Location::Memory, retention: MONTH, longest_request: LIMIT };
+        let settings = Settings {
+            location: Location::Memory,
+            base_url: vendor.sandbox.base_url(),
+            key: vendor.client.key_id(),
+            retention: MONTH,
+            longest_request: LIMIT,
+        };
         let ledger = Ledger::open(settings).await.unwrap();
         let handler = Handler::new(vendor.client.clone(), ledger.clone(), TIMING);
         Self { vendor, ledger, handler }
@@ -78,7 +84,7 @@ async fn a_copy_that_waits_for_the_other_one_keeps_its_count() {
         trial.handler.handle(copy, &stopping).await
     };
     let first = trial.handler.handle(Arc::new(submit("m")), &stopping);
-    let (Handled::Answered(_), Handled::Deferred { earlier, .. }) = tokio::join!(first, copied)
+    let (Handled::Answered { .. }, Handled::Deferred { earlier, .. }) = tokio::join!(first, copied)
     else {
         panic!("the one has a result and the other waits");
     };
@@ -106,7 +112,7 @@ async fn a_submit_that_is_cancelled_while_it_waits_for_elevenlabs_is_not_sent() 
     let stopping = Stopping::default();
     let handling = trial.handler.handle(Arc::new(submit("m")), &stopping);
     let (end, ()) = tokio::join!(handling, cancelled);
-    let Handled::Answered(event) = end else { panic!("it has a result") };
+    let Handled::Answered { event, .. } = end else { panic!("it has a result") };
     assert_eq!(event.error_code(), Some(ErrorCode::CancelledBeforeSubmit));
     assert_eq!(trial.vendor.requests(Route::Submit), 0);
 }

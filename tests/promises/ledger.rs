@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use call_manager::domain::result::{Ending, ErrorCode, Outcome};
-use call_manager::ledger::{Claim, Found, Go, Held, History, Lease, Ledger, Location, Settings};
+use call_manager::ledger::{
+    Attempted, Body, Claim, Ended, Found, Go, Held, Lease, Ledger, Location, Settings,
+};
 use futures_util::FutureExt as _;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -15,6 +17,7 @@ use super::support::{LIMIT, until};
 
 pub const BODY: Uuid = Uuid::from_u128(1);
 const OTHER_BODY: Uuid = Uuid::from_u128(2);
+pub const KEY: Uuid = Uuid::from_u128(0xc);
 /// Of a ledger that was opened with [`Place::open_brief`].
 const LEASE: Duration = Duration::from_secs(1);
 pub const MONTH: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -42,7 +45,13 @@ impl Place {
             Self::Postgres(database) => Location::Postgres(database.url().into()),
             Self::Memory => Location::Memory,
         };
-        Settings { location, retention: MONTH, longest_request: LIMIT }
+        Settings {
+            location,
+            base_url: "http://elevenlabs".to_owned(),
+            key: KEY,
+            retention: MONTH,
+            longest_request: LIMIT,
+        }
     }
 
     pub async fn open(&self) -> Ledger {
@@ -113,8 +122,13 @@ pub fn name(claim: &Claim) -> &'static str {
     }
 }
 
+/// A body as a claim tells of it.
+pub fn body(fingerprint: Uuid) -> Body {
+    Body { fingerprint, hash: fingerprint, origin: "{}".into() }
+}
+
 pub async fn claim(ledger: &Ledger, id: &str) -> Claim {
-    ledger.claim(id, BODY).await.unwrap()
+    ledger.claim(id, body(BODY), false).await.unwrap()
 }
 
 pub async fn fresh(ledger: &Ledger, id: &str) -> Lease {
@@ -124,7 +138,7 @@ pub async fn fresh(ledger: &Ledger, id: &str) -> Lease {
     }
 }
 
-pub async fn abandoned(ledger: &Ledger, id: &str) -> (Lease, History) {
+pub async fn abandoned(ledger: &Ledger, id: &str) -> (Lease, Attempted) {
     match claim(ledger, id).await {
         Claim::Abandoned(lease, abandoned) => (lease, abandoned),
         other => panic!("{id:?} is abandoned, not {}", name(&other)),
@@ -133,14 +147,14 @@ pub async fn abandoned(ledger: &Ledger, id: &str) -> (Lease, History) {
 
 pub async fn settled(ledger: &Ledger, id: &str) -> Ending {
     match claim(ledger, id).await {
-        Claim::Settled(ending) => ending,
+        Claim::Settled(ended) => ended.ending,
         other => panic!("{id:?} is settled, not {}", name(&other)),
     }
 }
 
 /// By a claim of the other body.
 pub async fn is_conflict(ledger: &Ledger, id: &str) -> bool {
-    matches!(ledger.claim(id, OTHER_BODY).await.unwrap(), Claim::Conflict)
+    matches!(ledger.claim(id, body(OTHER_BODY), false).await.unwrap(), Claim::Conflict)
 }
 
 pub async fn find(ledger: &Ledger, id: &str) -> Found {
@@ -152,7 +166,11 @@ pub async fn is_held(ledger: &Ledger, id: &str) -> bool {
 }
 
 pub async fn settle(lease: &Lease, ending: &Ending) -> Option<Ending> {
-    lease.settle(ending).await.unwrap()
+    end(lease, ending).await.map(|ended| ended.ending)
+}
+
+pub async fn end(lease: &Lease, ending: &Ending) -> Option<Ended> {
+    lease.settle(ending, None).await.unwrap()
 }
 
 kept_by!(sqlite postgres memory: what_was_settled_is_told_for_ever_byte_by_byte);
@@ -173,7 +191,7 @@ async fn what_was_settled_is_told_for_ever_byte_by_byte(place: &Place) {
             let Found::Settled(found) = ledger.find(id, true).await.unwrap() else {
                 panic!("{id} is settled");
             };
-            assert_same(&found, &ending);
+            assert_same(&found.ending, &ending);
         }
     }
 }
@@ -189,7 +207,7 @@ async fn a_second_claim_waits_until_the_first_lets_go(place: &Place) {
         let mut freed = Box::pin(held.freed(Duration::ZERO));
         assert!((&mut freed).now_or_never().is_none(), "it is in hand");
         match way {
-            "released" => lease.release(false).await.unwrap(),
+            "released" => lease.release(false, 0).await.unwrap(),
             "dropped" => drop(lease),
             _ => {
                 settle(&lease, &created("b-1")).await.unwrap();
@@ -206,19 +224,19 @@ async fn another_body_is_a_conflict_in_every_state(place: &Place) {
     let ledger = place.open().await;
     let lease = fresh(&ledger, "c-1").await;
     // Which of the two bodies is the right one, the row tells; until then the second one waits.
-    let waits = ledger.claim("c-1", OTHER_BODY).await.unwrap();
+    let waits = ledger.claim("c-1", body(OTHER_BODY), false).await.unwrap();
     assert!(matches!(waits, Claim::Held(_)), "in hand");
     drop(lease);
     assert!(is_conflict(&ledger, "c-1").await, "abandoned");
     let (lease, _) = abandoned(&ledger, "c-1").await;
-    lease.release(true).await.unwrap();
+    lease.release(true, 0).await.unwrap();
     assert!(is_conflict(&ledger, "c-1").await, "let go of in doubt");
     settle(&abandoned(&ledger, "c-1").await.0, &failed("no")).await.unwrap();
     assert!(is_conflict(&ledger, "c-1").await, "settled");
     settled(&ledger, "c-1").await;
 
-    fresh(&ledger, "c-2").await.release(false).await.unwrap();
-    assert!(!is_conflict(&ledger, "c-2").await, "as if nobody had begun it");
+    fresh(&ledger, "c-2").await.release(false, 0).await.unwrap();
+    assert!(is_conflict(&ledger, "c-2").await, "let go of unsent");
 }
 
 kept_by!(sqlite postgres memory: let_go_of_unsent_it_is_fresh_again);
@@ -227,7 +245,7 @@ async fn let_go_of_unsent_it_is_fresh_again(place: &Place) {
     for _ in 0..3 {
         let mut lease = fresh(&ledger, "c-1").await;
         assert!(lease.renew(2).await.unwrap().is_some());
-        lease.release(false).await.unwrap();
+        lease.release(false, 0).await.unwrap();
         assert!(matches!(find(&ledger, "c-1").await, Found::Nobody));
     }
 }
@@ -244,13 +262,13 @@ async fn dropped_or_let_go_of_in_doubt_it_is_abandoned(place: &Place) {
         let lasts = began.elapsed() + Duration::from_millis(20);
         until("some time has passed", async || began.elapsed() > lasts).await;
         let (mut lease, left) = abandoned(&ledger, "c-1").await;
-        assert_eq!(left.attempts, attempts);
+        assert_eq!(lease.attempts(), attempts);
         // Both ends of the age are whole milliseconds.
-        assert!(left.age + Duration::from_millis(2) >= lasts, "{left:?} since {lasts:?}");
-        assert!(left.age < LIMIT, "{left:?}");
+        assert!(left.age.now() + Duration::from_millis(2) >= lasts, "{left:?} since {lasts:?}");
+        assert!(left.age.now() < LIMIT, "{left:?}");
         // Also the first request of who took it over is told to the ledger.
         assert_eq!(lease.before_request(attempts + 1).await.unwrap(), Go::Ahead);
-        lease.release(true).await.unwrap();
+        lease.release(true, 0).await.unwrap();
     }
 }
 
@@ -282,7 +300,7 @@ async fn a_struck_submit_is_not_sent_again(place: &Place) {
         let mut lease = fresh(&ledger, "c-1").await;
         assert_eq!(lease.before_request(1).await.unwrap(), Go::Struck);
         assert_eq!(lease.before_request(1).await.unwrap(), Go::Struck);
-        lease.release(false).await.unwrap();
+        lease.release(false, 0).await.unwrap();
     }
     // Struck between two requests.
     let mut lease = fresh(&ledger, "c-2").await;
@@ -305,8 +323,8 @@ async fn everything_known_survives_the_worker(place: &Place) {
     settle(&fresh(&ledger, "c-1").await, &first).await.unwrap();
     settle(&fresh(&ledger, "c-2").await, &second).await.unwrap();
     ledger.find("c-3", true).await.unwrap();
-    fresh(&ledger, "c-4").await.release(false).await.unwrap();
-    fresh(&ledger, "c-5").await.release(true).await.unwrap();
+    fresh(&ledger, "c-4").await.release(false, 0).await.unwrap();
+    fresh(&ledger, "c-5").await.release(true, 0).await.unwrap();
 
     let ledger = place.reopen(ledger).await;
     assert_same(&settled(&ledger, "c-1").await, &first);
@@ -322,7 +340,7 @@ async fn what_a_worker_had_in_hand_is_its_own_after_a_restart(place: &Place) {
     let ledger = place.open().await;
     assert!(fresh(&ledger, "c-1").await.renew(4).await.unwrap().is_some());
     let ledger = place.reopen(ledger).await;
-    assert_eq!(abandoned(&ledger, "c-1").await.1.attempts, 4);
+    assert_eq!(abandoned(&ledger, "c-1").await.0.attempts(), 4);
 }
 
 kept_by!(postgres: another_worker_takes_over_what_a_dead_one_had_in_hand);
@@ -341,9 +359,9 @@ async fn another_worker_takes_over_what_a_dead_one_had_in_hand(place: &Place) {
         began.elapsed() > LEASE
     })
     .await;
-    let (_, left) = abandoned(&alive, "c-1").await;
-    assert_eq!(left.attempts, 4);
-    assert!(left.age + Duration::from_millis(2) >= LEASE, "{left:?}");
+    let (lease, left) = abandoned(&alive, "c-1").await;
+    assert_eq!(lease.attempts(), 4);
+    assert!(left.age.now() + Duration::from_millis(2) >= LEASE, "{left:?}");
 }
 
 kept_by!(postgres: who_waits_for_another_worker_looks_again_in_time);

@@ -72,12 +72,12 @@ impl Trial {
         let (status, body) = self.worker.ready().await;
         assert!(status == 503 && body.contains("\"ledger: "), "{status}: {body}");
         // What was claimed before may still be on its way.
-        let (mut sent, mut since) = (self.world.sandbox.requests().len(), Instant::now());
+        let (mut sent, mut since) = (self.world.asked(), Instant::now());
         let began = Instant::now();
         while since.elapsed() < QUIET {
             assert!(began.elapsed() < QUIET * 2, "{}: it goes on sending", self.name);
             assert_eq!(self.worker.health().await, Some(200), "{}", self.name);
-            let now = self.world.sandbox.requests().len();
+            let now = self.world.asked();
             if now != sent {
                 (sent, since) = (now, Instant::now());
             }

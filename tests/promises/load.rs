@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use call_manager::domain::command::CommandKind;
+use call_manager::domain::command::{CommandKind, marker};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use lapin::Consumer;
@@ -82,9 +82,8 @@ impl Load {
         assert_eq!(batches.len(), self.ids.len(), "{}: batches", self.name);
         for id in &self.ids {
             let of = format!("{}: {id}", self.name);
-            let [batch] = batches[id].as_slice() else {
-                panic!("{of} has the batches {:?}", batches[id]);
-            };
+            let own = &batches[&marker(id)];
+            let [batch] = own.as_slice() else { panic!("{of} has the batches {own:?}") };
             let first = &results[id][0];
             assert_eq!(first.code(), "200", "{of}: {}", first.body);
             assert_eq!(first.json["data"]["id"], json!(batch), "{of}");

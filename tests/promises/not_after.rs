@@ -35,7 +35,7 @@ async fn submit(world: &World, properties: BasicProperties) {
 async fn past_its_time_no_command_is_executed() {
     let mut world = World::start().await;
     let id = world.submitted().await;
-    let before = world.sandbox.requests().len();
+    let before = world.asked();
     for kind in CommandKind::ALL {
         let body = if kind == SUBMIT { submit_body() } else { json!({"batch_id": id}) };
         world.publish(kind, body.to_string().as_bytes(), in_seconds(-2)).await;
@@ -44,7 +44,7 @@ async fn past_its_time_no_command_is_executed() {
         assert_eq!(result.header("attempts").as_deref(), Some("0"));
         assert!(result.error().contains("Nothing was sent"), "{}", result.error());
     }
-    assert_eq!(world.sandbox.requests().len(), before, "ElevenLabs was not called");
+    assert_eq!(world.asked(), before, "ElevenLabs was not called");
     // The same id again, in time: the first result stands.
     submit(&world, in_seconds(60)).await;
     assert_eq!(world.next_result().await.code(), "500 expired");
@@ -89,7 +89,9 @@ async fn a_header_that_is_no_time_is_refused_with_a_sentence() {
 #[tokio::test]
 async fn the_time_is_looked_at_before_each_attempt() {
     let mut world = World::start().await;
-    let limited = Effect::Status(Reply::new(429).retry_after("3"));
+    let limited = Effect::Status(
+        Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.").retry_after("3"),
+    );
     world.sandbox.order(Fault::on(Route::Submit, limited));
     submit(&world, in_seconds(2)).await;
     let result = world.next_result().await;

@@ -1,9 +1,9 @@
 //! A submit whose answer was lost: its batch is looked for until it is found or surely not there.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use call_manager::config::Settings;
-use call_manager::domain::command::CommandKind;
+use call_manager::domain::command::{CommandKind, marker};
 use elevenlabs_sandbox::{Effect, Fault, Options, Reply, Route};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ async fn submit_and_lose(world: &World, id: &str) {
 #[track_caller]
 fn assert_adopted(world: &World, result: &Received) {
     assert_eq!(result.code(), "200", "{}", result.body);
-    let marker = json!(result.command_id());
+    let marker = json!(marker(&result.command_id()));
     let batches = world.sandbox.batches();
     let mut found = batches.iter().filter(|batch| {
         batch.recipients[0].dynamic_variables.get("call_manager_command_id") == Some(&marker)
@@ -49,6 +49,14 @@ fn assert_adopted(world: &World, result: &Received) {
     assert!(found.next().is_none(), "one batch");
     assert_eq!(result.json["data"]["id"], json!(batch.id));
     assert_eq!(result.header("attempts").as_deref(), Some("1"));
+}
+
+/// The submit was sent a second time, and the result names its batch.
+#[track_caller]
+fn assert_adopted_again(world: &World, result: &Received) {
+    assert_eq!(result.code(), "200", "{}", result.body);
+    assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (2, 1));
+    assert_eq!(result.json["data"]["id"], json!(world.sandbox.batches()[0].id));
 }
 
 fn short(settings: &mut Settings) {
@@ -66,7 +74,7 @@ async fn a_list_that_stays_away_past_the_horizon_leaves_the_outcome_unknown() {
         assert_eq!(result.code(), "500 outcome_unknown", "HTTP {status}");
         for part in [
             "Nothing was sent again",
-            "call_manager_command_id = \"m-1\"",
+            &format!("call_manager_command_id = \"{}\"", marker("m-1")),
             "\"Recordatorio de cita\"",
             &format!("HTTP {status}"),
         ] {
@@ -90,7 +98,8 @@ async fn a_list_that_comes_back_is_read_and_the_batch_adopted() {
         lose_next(&world, true);
         away(&world, Route::List, status);
         submit(&world, "m").await;
-        until("it was asked for twice", async || world.requests(Route::List) >= 2).await;
+        let asked = |world: &World| world.requests(Route::List) + world.probes();
+        until("it was asked for twice, after the start", async || asked(&world) >= 3).await;
         world.sandbox.clear_faults();
         let result = world.next_result().await;
         assert_adopted(&world, &result);
@@ -138,33 +147,35 @@ async fn a_batch_that_shows_late_in_the_list_is_waited_for() {
     world.finish().await;
 }
 
-/// Until 2 s after its submit, no batch shows in the list; the window is shorter.
-async fn behind_its_time() -> World {
-    let lag = Duration::from_secs(2);
-    let options = Options { speed: 0.0, list_lag: lag, ..Options::default() };
-    let mut world = World::before(options).await;
-    world.start_worker(|settings| settings.settling_window = lag * 3 / 5).await;
-    lose_next(&world, true);
-    world
-}
-
 #[tokio::test]
-async fn the_wait_for_a_list_does_not_count_as_a_time_without_the_batch() {
-    let mut world = behind_its_time().await;
-    let slow = Effect::Latency(Duration::from_millis(1_500));
-    world.sandbox.order(Fault::on(Route::List, slow));
+async fn the_window_counts_from_the_end_of_the_request_and_one_look_after_it_is_enough() {
+    let window = Duration::from_secs(2);
+    let mut world = World::with(|settings| settings.settling_window = window).await;
+    lose_next(&world, false);
+    // However often the list is away meanwhile.
+    away(&world, Route::List, 503);
     submit(&world, "m").await;
+    until("the answer is lost", async || world.requests(Route::Submit) == 1).await;
+    let lost = Instant::now();
+    until("the window is over", async || lost.elapsed() > window).await;
+    let looked = world.requests(Route::List);
+    assert_eq!(world.requests(Route::Submit), 1);
+    world.sandbox.clear_faults();
     let result = world.next_result().await;
-    assert_adopted(&world, &result);
+    assert_adopted_again(&world, &result);
+    assert_eq!(world.requests(Route::List), looked + 1, "one look that saw everything");
     world.finish().await;
 }
 
 #[tokio::test]
-async fn a_list_that_was_away_in_between_has_to_show_for_the_whole_window_again() {
-    let mut world = behind_its_time().await;
-    world.sandbox.order(Fault::on(Route::List, Effect::Latency(Duration::from_millis(1))));
-    let away = Effect::vendor_error(503, "down", "Down.");
-    world.sandbox.order(Fault::on(Route::List, away).times(2));
+async fn a_batch_that_shows_within_the_window_is_found_however_slow_the_list_is() {
+    let lag = Duration::from_secs(1);
+    let options = Options { speed: 0.0, list_lag: lag, ..Options::default() };
+    let mut world = World::before(options).await;
+    world.start_worker(|settings| settings.settling_window = lag * 3 / 2).await;
+    lose_next(&world, true);
+    let slow = Effect::Latency(Duration::from_millis(700));
+    world.sandbox.order(Fault::on(Route::List, slow).until_cleared());
     submit(&world, "m").await;
     let result = world.next_result().await;
     assert_adopted(&world, &result);
@@ -306,8 +317,8 @@ async fn a_candidate_that_stays_unreadable_leaves_the_outcome_unknown() {
 #[tokio::test]
 async fn a_worker_that_is_killed_while_it_looks_leaves_the_batch_to_the_next_one() {
     let mut world = World::without_worker().await;
+    let worker = Process::consuming(&world, &world.ledger_url(), &[]).await;
     submit_and_lose(&world, "m").await;
-    let worker = Process::start(&world, &world.ledger_url(), &[]);
     until("it looks", async || world.requests(Route::List) > 0).await;
     worker.kill().await;
     world.sandbox.clear_faults();

@@ -29,7 +29,7 @@ async fn a_cut_while_a_submit_is_at_the_vendor_makes_no_second_batch() {
         let id = format!("m-{n}");
         world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id(&id)).await;
     }
-    until("all are at the vendor", async || world.sandbox.requests().len() == 20).await;
+    until("all are at the vendor", async || world.asked() == 20).await;
     proxy.cut();
     // The redelivered copies are in hand while the first handlers still run.
     let mut answered = std::collections::HashSet::new();

@@ -118,7 +118,7 @@ async fn a_broker_that_is_lost_meanwhile_does_not_lose_the_id() {
     let mut command = program(&[("AMQP_URL", url.as_str()), ("AMQP_PREFIX", &prefix)]);
     command.args(["request", "get", "--batch-id", "btcal_1", "--message-id", "m-1"]);
     let asking = tokio::spawn(finished(command));
-    until("the get is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    until("the get is at the vendor", async || world.asked() == 1).await;
     proxy.cut();
     let (code, _, err) = asking.await.unwrap();
     assert_eq!(code, 2);

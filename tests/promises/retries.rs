@@ -153,7 +153,9 @@ async fn retry_after_is_waited_for_in_both_forms() {
     for value in [|| "2".to_owned(), in_three_seconds] {
         let value = value();
         let started = Instant::now();
-        let limited = Effect::Status(Reply::new(429).retry_after(&value));
+        let limited = Effect::Status(
+            Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.").retry_after(&value),
+        );
         let came = submit_after(limited).await;
         assert_eq!((came.code.as_str(), came.sent), ("200", 2));
         // An HTTP date has whole seconds, and the world takes a moment to start; without the header
@@ -169,11 +171,13 @@ async fn retry_after_is_waited_for_in_both_forms() {
 #[tokio::test]
 async fn a_retry_after_past_the_horizon_ends_the_waiting_at_once() {
     let mut world = World::with(|settings| settings.retry_horizon = Duration::from_secs(5)).await;
-    let limited = Effect::Status(Reply::new(429).retry_after("3600"));
+    let limited = Effect::Status(
+        Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.").retry_after("3600"),
+    );
     world.sandbox.order(Fault::on(Route::Submit, limited));
     let result = world.ask(SUBMIT, &submit_body()).await;
     assert_eq!(result.code(), "500 upstream_unavailable");
-    assert_eq!(world.sandbox.requests().len(), 1);
+    assert_eq!(world.asked(), 1);
     world.finish().await;
 }
 
@@ -230,13 +234,15 @@ async fn past_the_horizon_a_get_is_unavailable_and_a_cancel_in_doubt_says_so() {
 #[tokio::test]
 async fn a_submit_that_never_left_is_sent_when_the_vendor_is_back() {
     let mut world = World::without_worker().await;
-    // A port on which nothing listens until the proxy does.
     let vendor = world.sandbox.base_url().strip_prefix("http://").unwrap().parse().unwrap();
     let reserved = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = reserved.local_addr().unwrap();
     drop(reserved);
     let url = format!("http://{address}").parse().unwrap();
+    // It works at first, or no submit would be taken.
+    let proxy = Proxy::at(address, vendor).await;
     world.start_worker(|settings| settings.elevenlabs_base_url = url).await;
+    proxy.stop().await;
     let body = submit_body().to_string();
     world.publish(SUBMIT, body.as_bytes(), crate::support::with_id("m")).await;
     // In hand: the queue has nothing ready any more.

@@ -271,7 +271,7 @@ async fn sigterm_settles_what_is_in_hand_and_exits_0_and_no_log_line_tells_on_an
     for n in 0..50 {
         world.publish(CommandKind::Submit, body.as_bytes(), with_id(&format!("m-{n}"))).await;
     }
-    until("all are at the vendor", async || world.sandbox.requests().len() == 50).await;
+    until("all are at the vendor", async || world.asked() == 50).await;
     process.signal("TERM");
     until("it is not ready while it drains", async || {
         let (status, body) = process.get("/health/ready").await;
@@ -298,7 +298,7 @@ async fn a_second_signal_leaves_at_once() {
     world.until_consuming().await;
     world.sandbox.order(Fault::on(Route::Get, Effect::Hang { processed: false }));
     world.publish(CommandKind::Get, br#"{"batch_id":"btcal_1"}"#, with_id("m")).await;
-    until("the get is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    until("the get is at the vendor", async || world.asked() == 1).await;
     process.signal("TERM");
     process.until_logged("signal received").await;
     process.signal("TERM");

@@ -47,7 +47,7 @@ async fn a_stop_with_fifty_commands_in_hand_settles_them_all() {
     let slow = Effect::Latency(Duration::from_secs(2));
     world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
     publish_fifty(&world).await;
-    until("all fifty are at the vendor", async || world.sandbox.requests().len() == 50).await;
+    until("all fifty are at the vendor", async || world.asked() == 50).await;
     world.stop_worker().await;
     let answered = answered(&mut world, 50).await;
     nothing_is_lost(world, answered).await;
@@ -59,9 +59,9 @@ async fn a_stop_gives_back_what_was_received_and_not_begun() {
     let slow = Effect::Latency(Duration::from_secs(1));
     world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
     publish_fifty(&world).await;
-    until("some are at the vendor", async || world.sandbox.requests().len() >= 10).await;
+    until("some are at the vendor", async || world.asked() >= 10).await;
     world.stop_worker().await;
-    assert!(world.sandbox.requests().len() <= 30, "a stop begins nothing");
+    assert!(world.asked() <= 30, "a stop begins nothing");
     nothing_is_lost(world, HashSet::new()).await;
 }
 
@@ -71,7 +71,7 @@ async fn a_stop_does_not_wait_for_commands_that_wait_to_be_tried_again() {
     let limited = Effect::vendor_error(429, "system_busy", "Busy");
     world.sandbox.order(Fault::on(Route::Submit, limited).until_cleared());
     publish_fifty(&world).await;
-    until("some were turned away", async || world.sandbox.requests().len() >= 5).await;
+    until("some were turned away", async || world.asked() >= 5).await;
     let started = Instant::now();
     world.stop_worker().await;
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
@@ -90,7 +90,7 @@ async fn a_stop_ends_when_the_grace_period_does() {
     world.sandbox.order(Fault::on(Route::Get, Effect::Hang { processed: false }));
     let body = br#"{"batch_id":"btcal_1"}"#;
     world.publish(CommandKind::Get, body, with_id("m")).await;
-    until("the get is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    until("the get is at the vendor", async || world.asked() == 1).await;
     let started = Instant::now();
     world.stop_worker().await;
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
@@ -109,7 +109,7 @@ async fn a_submit_that_outlasts_the_grace_period_is_adopted_by_the_next_worker()
     .await;
     world.sandbox.order(Fault::on(Route::Submit, Effect::Latency(Duration::from_secs(3))));
     world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
-    until("the submit is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    until("the submit is at the vendor", async || world.asked() == 1).await;
     world.stop_worker().await;
     let queue = world.topology.queue(SUBMIT);
     until("the command is back in its queue", async || world.queue(&queue).await.0 == 1).await;
@@ -129,7 +129,7 @@ async fn a_stop_while_the_broker_is_away_still_waits_for_the_request_under_way()
     world.start_worker(|settings| settings.broker.amqp_url = url.to_string().into()).await;
     world.sandbox.order(Fault::on(Route::Submit, Effect::Latency(Duration::from_secs(2))));
     world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
-    until("the submit is at the vendor", async || world.sandbox.requests().len() == 1).await;
+    until("the submit is at the vendor", async || world.asked() == 1).await;
     proxy.refuse(true);
     proxy.cut();
     until("the worker tries to connect", async || proxy.refused() > 0).await;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use call_manager::domain::command::CommandKind;
+use call_manager::domain::command::{CommandKind, marker};
 use elevenlabs_sandbox::{Effect, Fault, Route};
 use lapin::options::{BasicGetOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
@@ -117,7 +117,8 @@ async fn a_submit_that_was_begun_is_not_called_undone_because_it_is_poison() {
     let survivor = Process::consuming(&world, &ledger, &[("CRASH_ON", "m")]).await;
     let result = world.next_result().await;
     assert_eq!(result.code(), "500 outcome_unknown");
-    assert!(result.error().contains("call_manager_command_id = \"m\""), "{}", result.error());
+    let marked = format!("call_manager_command_id = \"{}\"", marker("m"));
+    assert!(result.error().contains(&marked), "{}", result.error());
     survivor.stop().await;
     // For good.
     world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;

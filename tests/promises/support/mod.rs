@@ -17,7 +17,7 @@ use call_manager::broker::Topology;
 use call_manager::config::{BrokerSettings, LedgerPlace, LedgerSettings, LogSettings, Settings};
 use call_manager::domain::command::CommandKind;
 use call_manager::telemetry::LogFormat;
-use elevenlabs_sandbox::{Options, Route, Sandbox};
+use elevenlabs_sandbox::{Options, Request, Route, Sandbox};
 use futures_util::StreamExt as _;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions,
@@ -52,6 +52,9 @@ async fn connect_to(url: &str) -> Connection {
         .expect("the broker answers in time")
         .expect("a RabbitMQ answers at AMQP_URL: run the tests with script/test, which sees to one")
 }
+
+/// The end of the path by which a worker asks whether ElevenLabs can be used.
+const QUESTION: &str = "workspace?limit=1";
 
 pub struct World {
     pub sandbox: Sandbox,
@@ -298,9 +301,26 @@ impl World {
         result.json["data"]["id"].as_str().expect("the submit succeeds").to_owned()
     }
 
-    /// How many requests of this kind the vendor has got.
+    /// How many requests of this kind the vendor has got, but for the question whether it can be used.
     pub fn requests(&self, route: Route) -> usize {
-        self.sandbox.requests().iter().filter(|request| request.route == route).count()
+        self.log().iter().filter(|request| request.route == route).count()
+    }
+
+    /// How many requests of any kind the vendor has got, but for the same.
+    pub fn asked(&self) -> usize {
+        self.log().len()
+    }
+
+    fn log(&self) -> Vec<Request> {
+        let mut log = self.sandbox.requests();
+        log.retain(|request| !request.path.ends_with(QUESTION));
+        log
+    }
+
+    /// How often it was asked whether it can be used.
+    pub fn probes(&self) -> usize {
+        let log = self.sandbox.requests();
+        log.iter().filter(|request| request.path.ends_with(QUESTION)).count()
     }
 
     pub async fn next_result(&mut self) -> Received {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
 use url::Url;
 
 use super::amqp_url;
@@ -54,6 +55,7 @@ struct Impairment {
 pub struct Proxy {
     pub address: SocketAddr,
     shared: Arc<Shared>,
+    accepting: JoinHandle<()>,
 }
 
 struct Shared {
@@ -106,8 +108,16 @@ impl Proxy {
             frames: broadcast::Sender::new(16),
             methods: Arc::default(),
         });
-        tokio::spawn(accept(listener, Arc::clone(&shared)));
-        Self { address, shared }
+        let accepting = tokio::spawn(accept(listener, Arc::clone(&shared)));
+        Self { address, shared, accepting }
+    }
+
+    /// Nothing listens at its address any more, and every connection is broken.
+    pub async fn stop(self) {
+        self.cut();
+        self.accepting.abort();
+        let address = self.address;
+        super::until("its port is free", async || TcpListener::bind(address).await.is_ok()).await;
     }
 
     /// Breaks every connection there is.

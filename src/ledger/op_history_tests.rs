@@ -47,7 +47,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 #[derive(Clone, Copy)]
 struct Claimed {
     token: u128,
-    fingerprint: Uuid,
     /// It was told that others may have sent, so it can never say that nothing was.
     in_doubt: bool,
     /// By the worker's own clock, which nobody puts back.
@@ -64,10 +63,14 @@ struct History {
     workers: [Option<Claimed>; WORKERS],
     /// The body, when it was claimed first, and how far the clock was put back by then.
     begun: Option<(Uuid, Millis, Millis)>,
+    /// The first body that was claimed.
+    body: Option<Uuid>,
     /// The newest claim: whose, and until when, by the store's clock, others wait for it.
     holder: Option<(usize, u128, Millis)>,
     attempts: u32,
     struck_until: Option<Millis>,
+    /// Somebody had it and let go of it, and nothing of it was done.
+    released: bool,
     ending: Option<Arc<str>>,
     /// The cases that came up: a history in which little happens proves little.
     met: BTreeSet<&'static str>,
@@ -80,7 +83,8 @@ impl History {
     }
 
     fn is_struck(&self) -> bool {
-        self.struck_until.is_some_and(|until| until > self.now())
+        let is_claimed = self.begun.is_some() || self.released;
+        self.struck_until.is_some_and(|until| is_claimed || until > self.now())
     }
 
     fn holds(&self, token: u128) -> bool {
@@ -127,7 +131,7 @@ impl History {
         let op = claim_of(fingerprint, Uuid::from_u128(worker as u128), token);
         let reply = op.apply(&mut self.row, now);
 
-        if self.begun.is_some_and(|(known, ..)| known != fingerprint) {
+        if self.body.is_some_and(|known| known != fingerprint) {
             self.met.insert("another body");
             prop_assert_eq!(reply, Reply::Conflict, "another body is a conflict");
             prop_assert_eq!(&self.row, &before, "and changes nothing");
@@ -135,7 +139,7 @@ impl History {
         }
         if let Some(ending) = &self.ending {
             self.met.insert("claimed when settled");
-            prop_assert_eq!(reply, Reply::Settled(Arc::clone(ending)), "settled for ever");
+            prop_assert_eq!(super::ending(&reply), &**ending, "settled for ever");
             return Ok(());
         }
         if let Some((holder, _, until)) = self.holder
@@ -147,7 +151,7 @@ impl History {
             prop_assert_eq!(&self.row, &before, "who has to wait changes nothing");
             return Ok(());
         }
-        let Reply::Yours { history, struck } = reply else {
+        let Reply::Yours(Yours { history, attempts, struck, .. }) = reply else {
             return Err(TestCaseError::fail(format!(
                 "nobody holds it, but the reply is {reply:?}"
             )));
@@ -155,14 +159,18 @@ impl History {
         prop_assert_eq!(struck, self.is_struck(), "a strike is reported while it lasts");
         self.met.insert(if struck { "claimed when struck" } else { "claimed" });
         let in_doubt = self.begun.is_some();
+        if !struck {
+            self.struck_until = None;
+        }
         match (self.begun, history) {
             (None, None) => {
                 self.begun = Some((fingerprint, self.elapsed, self.put_back));
-                self.attempts = 1;
+                prop_assert_eq!(attempts, self.attempts);
+                self.attempts += 1;
             }
             (None, Some(_)) => prop_assert!(false, "nobody has begun it, so nothing was left"),
             (Some(_), None) => prop_assert!(false, "what may have been sent is never fresh"),
-            (Some((_, at, put_back)), Some(super::super::History { age, attempts })) => {
+            (Some((_, at, put_back)), Some(super::super::History { age, .. })) => {
                 let age = Millis::try_from(age.as_millis()).unwrap();
                 let back = self.put_back - put_back;
                 if self.elapsed - at >= back {
@@ -175,9 +183,10 @@ impl History {
                 prop_assert_eq!(attempts, self.attempts);
             }
         }
+        self.body = Some(fingerprint);
         self.holder = Some((worker, token, now + LEASE));
         let may_send_until = self.elapsed + LEASE;
-        self.workers[worker] = Some(Claimed { token, fingerprint, in_doubt, may_send_until });
+        self.workers[worker] = Some(Claimed { token, in_doubt, may_send_until });
         Ok(())
     }
 
@@ -200,11 +209,12 @@ impl History {
         let struck = self.is_struck();
         self.met.insert(if struck { "renewed when struck" } else { "renewed" });
         self.attempts = self.attempts.max(attempts);
-        let Reply::Yours { history: Some(history), struck: told } = reply else {
+        let Reply::Yours(Yours { history: Some(history), struck: told, attempts, .. }) = reply
+        else {
             return Err(TestCaseError::fail(format!("it is its own, but the reply is {reply:?}")));
         };
         prop_assert_eq!(told, struck, "a strike is reported while it lasts");
-        prop_assert_eq!(history.attempts, self.attempts);
+        prop_assert_eq!(attempts, self.attempts);
         if let Some((_, at, put_back)) = self.begun {
             let age = Millis::try_from(history.age.as_millis()).unwrap();
             let back = self.put_back - put_back;
@@ -223,18 +233,13 @@ impl History {
         succeeded: bool,
     ) -> Result<(), TestCaseError> {
         let ending: Arc<str> = format!("by {}", claimed.token).into();
-        let op = Op::Settle {
-            token: Uuid::from_u128(claimed.token),
-            fingerprint: claimed.fingerprint,
-            ending: Arc::clone(&ending),
-            succeeded,
-        };
+        let op = super::settle(claimed.token, &ending, succeeded);
         let before = self.row.clone();
         let now = self.now();
         let reply = op.apply(&mut self.row, now);
         if let Some(first) = &self.ending {
             self.met.insert("settled again");
-            prop_assert_eq!(reply, Reply::Settled(Arc::clone(first)), "the first ending counts");
+            prop_assert_eq!(super::ending(&reply), &**first, "the first ending counts");
         } else if !succeeded && !self.holds(claimed.token) {
             self.met.insert("failed when taken over");
             prop_assert_eq!(reply, Reply::Gone, "its failure says nothing about the other's");
@@ -243,7 +248,7 @@ impl History {
         } else {
             let own = self.holds(claimed.token);
             self.met.insert(if own { "settled" } else { "succeeded when taken over" });
-            prop_assert_eq!(reply, Reply::Settled(Arc::clone(&ending)), "it is recorded");
+            prop_assert_eq!(super::ending(&reply), &*ending, "it is recorded");
             self.ending = Some(ending);
         }
         Ok(())
@@ -262,14 +267,13 @@ impl History {
             self.holder = self.holder.map(|(worker, token, _)| (worker, token, now));
         } else {
             self.met.insert("let go of");
-            (self.begun, self.holder, self.attempts) = (None, None, 0);
-            self.struck_until = self.struck_until.filter(|_| self.is_struck());
-            let strike = self.struck_until.map(|until| Row {
-                fingerprint: None,
-                struck_until: Some(until),
-                state: State::Waiting,
-            });
-            prop_assert_eq!(&self.row, &strike, "nothing is left but a live strike");
+            let released = Row {
+                touched_at: now,
+                state: State::Released { attempts: 0 },
+                ..before.unwrap_or_else(|| Row::new(now, State::Waiting))
+            };
+            prop_assert_eq!(self.row.as_ref(), Some(&released), "all of it stays but the hold");
+            (self.released, self.begun, self.holder, self.attempts) = (true, None, None, 0);
         }
         Ok(())
     }
@@ -277,12 +281,14 @@ impl History {
     fn find(&mut self, strike: Option<Millis>) -> Result<(), TestCaseError> {
         let now = self.now();
         let reply = Op::Find { strike: strike.map(span) }.apply(&mut self.row, now);
-        let expected = match (&self.ending, self.holder) {
-            (Some(ending), _) => Reply::Settled(Arc::clone(ending)),
-            (None, None) => Reply::Nobody,
-            (None, Some((_, _, until))) => Reply::InHand { remaining: span((until - now).max(0)) },
-        };
-        prop_assert_eq!(reply, expected);
+        match (&self.ending, self.holder) {
+            (Some(ending), _) => prop_assert_eq!(super::ending(&reply), &**ending),
+            (None, None) => prop_assert_eq!(reply, Reply::Nobody),
+            (None, Some((_, _, until))) => {
+                let remaining = span((until - now).max(0));
+                prop_assert_eq!(reply, Reply::InHand { remaining });
+            }
+        }
         if let Some(lasts) = strike
             && self.ending.is_none()
         {
