@@ -20,6 +20,8 @@ pub enum Part {
     Broker,
     /// Results are taken and confirmed: no memory or disk alarm, no full queue.
     Publisher,
+    /// What is deferred comes back from its delay queue.
+    Deferral,
     /// It can be written.
     Ledger,
     /// The vendor answers, and takes the key.
@@ -28,14 +30,21 @@ pub enum Part {
 
 impl Part {
     /// Each of them.
-    pub const ALL: [Self; 5] =
-        [Self::Worker, Self::Broker, Self::Publisher, Self::Ledger, Self::Elevenlabs];
+    pub const ALL: [Self; 6] = [
+        Self::Worker,
+        Self::Broker,
+        Self::Publisher,
+        Self::Deferral,
+        Self::Ledger,
+        Self::Elevenlabs,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Worker => "worker",
             Self::Broker => "broker",
             Self::Publisher => "publisher",
+            Self::Deferral => "deferral",
             Self::Ledger => "ledger",
             Self::Elevenlabs => "elevenlabs",
         }

@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use crate::broker::{
-    self, Generation, Lane, PULSE, Publisher, Publishing, PublishingEvents, Pulse,
+    self, Deferral, Generation, Lane, PULSE, Publisher, Publishing, PublishingEvents, Pulse,
 };
 use crate::domain::command::CommandKind;
 use crate::handler::{Handler, Stopping};
@@ -140,7 +140,7 @@ impl Worker {
             match opened {
                 Ok(generation) => {
                     worked_once = true;
-                    if generation.waiting_submits == Some(0) {
+                    if generation.waiting_submits() == 0 {
                         self.shared.handler.note_drained().await;
                     }
                     let since = Instant::now();
@@ -230,7 +230,7 @@ impl Worker {
     /// always of a connection.
     async fn ask(&self, pulse: &Pulse, link: &Link) -> String {
         let intake = self.shared.intake();
-        let (mut unconsumed, mut was_drained) = (Vec::new(), false);
+        let (mut unconsumed, mut was_drained, mut is_stuck) = (Vec::new(), false, false);
         if let Err(reason) = pulse.publish().await {
             return reason;
         }
@@ -251,6 +251,31 @@ impl Worker {
                     unconsumed = found;
                 }
                 Err(reason) => return reason,
+            }
+            match pulse.deferral().await {
+                Ok(found) => self.tell_deferral(found, &mut is_stuck),
+                Err(reason) => return reason,
+            }
+        }
+    }
+
+    /// Tells of what is deferred and does not come back; in the log once.
+    fn tell_deferral(&self, found: Deferral, is_stuck: &mut bool) {
+        let readiness = &self.shared.readiness;
+        match found {
+            // On its way: nothing is known that was not known before.
+            Deferral::Unknown => {}
+            Deferral::Works | Deferral::Unwatched => {
+                readiness.good(Part::Deferral);
+                if std::mem::take(is_stuck) {
+                    info!("deferred commands come back again");
+                }
+            }
+            Deferral::Stuck(reason) => {
+                if !std::mem::replace(is_stuck, true) {
+                    warn!(reason, "deferred commands may stay where they are");
+                }
+                readiness.wrong(Part::Deferral, reason);
             }
         }
     }

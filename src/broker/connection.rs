@@ -18,7 +18,7 @@ use crate::domain::command::CommandKind;
 
 use super::consumer::Lane;
 use super::publisher::Publisher;
-use super::pulse::Pulse;
+use super::pulse::{Pulse, waiting_submits};
 use super::tls::TlsFiles;
 use super::topology::Topology;
 use super::transport;
@@ -33,8 +33,7 @@ pub struct Generation {
     /// Of the publishing connection.
     events: BoxStream<'static, Event>,
     pulse: Pulse,
-    /// How many submits lay in any queue before this generation began to consume, where that is known.
-    pub waiting_submits: Option<u32>,
+    waiting_submits: u32,
     // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm)
     // blocks a whole connection, and acks and deliveries must go on.
     consuming: Connection,
@@ -54,12 +53,14 @@ pub async fn open(
         let publishing = connect(uri, &settings.tls, "publishing");
         let (consuming, publishing) = tokio::try_join!(consuming, publishing).map_err(of)?;
         let topology = Topology::new(&settings.prefix);
-        if settings.declares_topology {
+        let has_canary = if settings.declares_topology {
             topology.declare(&consuming).await.map_err(of)?;
+            true
         } else {
-            topology.check(&consuming, &at).await?;
-        }
-        build(settings, &topology, consuming, publishing, takes_fresh).await.map_err(of)
+            topology.check(&consuming, &at).await?
+        };
+        let connections = (consuming, publishing);
+        build(settings, &topology, connections, has_canary, takes_fresh).await.map_err(of)
     };
     match timeout(CONNECT_LIMIT, opening).await {
         Ok(opened) => opened,
@@ -70,15 +71,15 @@ pub async fn open(
 async fn build(
     settings: &Settings,
     topology: &Topology,
-    consuming: Connection,
-    publishing: Connection,
+    (consuming, publishing): (Connection, Connection),
+    has_canary: bool,
     takes_fresh: impl Fn(CommandKind) -> bool,
 ) -> lapin::Result<Generation> {
     let events = publishing.events_listener().boxed();
     let publisher = Arc::new(Publisher::new(publishing, topology).await?);
     let asking = consuming.create_channel().await?;
-    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone());
-    let waiting_submits = pulse.waiting_submits().await.ok();
+    let waiting_submits = waiting_submits(&asking, topology).await?;
+    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone(), has_canary);
 
     let lanes = CommandKind::ALL.map(async |kind| {
         let channel = consuming.create_channel().await?;
@@ -91,6 +92,11 @@ async fn build(
 }
 
 impl Generation {
+    /// How many submits waited, at most, before anything was consumed; see [`Pulse::waiting_submits`].
+    pub fn waiting_submits(&self) -> u32 {
+        self.waiting_submits
+    }
+
     /// The lanes, and beside them what happens to the publishing connection, and what can be asked.
     pub fn parts(&mut self) -> (&mut [Lane], PublishingEvents<'_>, &Pulse) {
         let events = &mut self.events;

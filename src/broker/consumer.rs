@@ -13,10 +13,11 @@ use lapin::{BasicProperties, Channel, Consumer};
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::domain::Earlier;
 use crate::domain::command::{CommandKind, CommandMessage};
 
-use super::headers::{self, is_of_one_delivery, number, present, shown, text};
+use super::headers::{
+    earlier, expires_at, header, is_of_one_delivery, number, present, shown, text,
+};
 use super::topology::Topology;
 use super::{CALL_LIMIT, PERSISTENT};
 
@@ -161,19 +162,7 @@ impl Delivery {
     fn new(queue: CommandKind, mut received: Received, topology: &Topology) -> Self {
         let body = std::mem::take(&mut received.data);
         let properties = &received.properties;
-        let headers = properties.headers().as_ref();
-        let header = |name: &str| headers?.inner().get(name);
-        let was_deferred = headers::was_deferred(&received, topology);
-        let earlier = if was_deferred {
-            Earlier::read(|name| header(name).and_then(number))
-        } else {
-            Earlier::default()
-        };
-        let expires_at = if was_deferred {
-            earlier.expires_at
-        } else {
-            headers::expires_at(properties, SystemTime::now())
-        };
+        let header = |name: &str| header(&received, name);
         // Of another type or longer, it is no trace context; copied, it could make the result's
         // headers larger than a frame.
         let trace = |name: &str, longest: usize| {
@@ -182,6 +171,7 @@ impl Delivery {
         // The first time, it is the producer's, if there is one.
         let count = header("x-delivery-count").filter(|_| received.redelivered);
         let redeliveries = count.and_then(number).unwrap_or_default();
+        let earlier = earlier(&received, queue, topology);
         let message = CommandMessage {
             queue,
             // Through the default exchange the routing key is the queue's name.
@@ -196,7 +186,8 @@ impl Delivery {
             reply_to: present(properties.reply_to().as_ref()),
             not_after: header("not_after").and_then(shown),
             redeliveries: u32::try_from(redeliveries.max(0)).unwrap_or(u32::MAX),
-            expires_at,
+            // A copy has no `expiration` of its own.
+            expires_at: earlier.expires_at.or_else(|| expires_at(properties, SystemTime::now())),
             earlier,
             body,
         };

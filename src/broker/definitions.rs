@@ -4,7 +4,7 @@ use secrecy::ExposeSecret as _;
 use serde_json::{Map, Value, json};
 
 use super::connection::parse;
-use super::topology::{Argument, Arguments, Routing, Topology};
+use super::topology::{Argument, Arguments, Routing, Target, Topology};
 use super::{Error, Settings};
 
 /// Exchanges, queues and bindings as JSON, for the virtual host in the URL: what `rabbitmqctl
@@ -22,7 +22,7 @@ pub fn definitions(settings: &Settings) -> Result<String, Error> {
             },
             "durable": true,
             "auto_delete": false,
-            "internal": false,
+            "internal": exchange.internal,
             "arguments": object(exchange.arguments),
         })
     });
@@ -36,11 +36,15 @@ pub fn definitions(settings: &Settings) -> Result<String, Error> {
         })
     });
     let bindings = topology.bindings().into_iter().map(|binding| {
+        let (kind, name) = match binding.to {
+            Target::Queue(name) => ("queue", name),
+            Target::Exchange(name) => ("exchange", name),
+        };
         json!({
             "source": binding.exchange,
             "vhost": vhost,
-            "destination": binding.queue,
-            "destination_type": "queue",
+            "destination": name,
+            "destination_type": kind,
             "routing_key": binding.routing_key,
             "arguments": {},
         })

@@ -1,62 +1,81 @@
-//! Reads the headers and properties of a delivery, and whether they are the worker's own.
+//! Reads the properties and headers of a delivery: what the broker vouches for, and what a producer says.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use lapin::BasicProperties;
 use lapin::message::Delivery as Received;
-use lapin::types::{AMQPValue, ShortString};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use crate::domain::Earlier;
+use crate::domain::command::CommandKind;
 
 use super::topology::{Delay, Topology};
 
-/// Whether a delivery comes from one of the worker's own delay queues: the retry exchange delivers it,
-/// and the broker's `x-death` says that it was there until its time was over. A producer who writes
-/// `x-death` itself needs the right to publish to the retry exchange too, which only workers have.
-pub(super) fn was_deferred(received: &Received, topology: &Topology) -> bool {
-    if received.exchange.as_str() != topology.retry_exchange() {
-        return false;
+/// What earlier times in a worker's hands left in the headers; nothing where a producer may have
+/// written them.
+pub(super) fn earlier(received: &Received, kind: CommandKind, topology: &Topology) -> Earlier {
+    let (exchange, key) = (received.exchange.as_str(), received.routing_key.as_str());
+    let death = header(received, "x-death").and_then(last_death);
+    if exchange == topology.retry_exchange() && key == kind.routing_key() && waited(death, topology)
+    {
+        return Earlier::read(|name| header(received, name).and_then(number));
     }
-    let headers = received.properties.headers().as_ref();
-    let newest = headers.and_then(|headers| match headers.inner().get("x-death") {
-        Some(AMQPValue::FieldArray(deaths)) => match deaths.as_slice().first() {
-            Some(AMQPValue::FieldTable(death)) => Some(death),
-            _ => None,
-        },
+    Earlier::default()
+}
+
+/// Whether a message has just left a delay queue that it had come to by its delay exchange.
+///
+/// The broker's own entry comes first in `x-death`. A producer can write that header too, and
+/// `RabbitMQ` 3 keeps it. So two more facts of the delivery count, which only the broker sets:
+/// - Its exchange. The retry exchange is internal: nobody can publish to it.
+/// - Its routing key. By way of the default exchange, a delay queue is reached with the queue's name.
+///
+/// Who may publish to a delay exchange, or bind something to the retry exchange, can still forge. The
+/// README's rights give that to workers alone. Where operators have left the retry exchange of a former
+/// version, which is not internal, so can who may publish to that one.
+fn waited(death: Option<&FieldTable>, topology: &Topology) -> bool {
+    let says = |name| death?.inner().get(name).and_then(text);
+    let (queue, exchange) = (says("queue"), says("exchange"));
+    let delays = Delay::ALL.map(|delay| Some(topology.delay(delay)));
+    says("reason").as_deref() == Some("expired") && queue == exchange && delays.contains(&queue)
+}
+
+/// The broker puts the latest one first.
+fn last_death(deaths: &AMQPValue) -> Option<&FieldTable> {
+    let AMQPValue::FieldArray(deaths) = deaths else { return None };
+    match deaths.as_slice().first()? {
+        AMQPValue::FieldTable(death) => Some(death),
         _ => None,
-    });
-    newest.is_some_and(|death| {
-        let says = |name: &str| death.inner().get(name).and_then(text);
-        // An exchange and its delay queue have one name.
-        let (queue, exchange) = (says("queue"), says("exchange"));
-        let is_delay =
-            |name: &String| Delay::ALL.iter().any(|delay| topology.delay(*delay) == *name);
-        says("reason").as_deref() == Some("expired")
-            && queue == exchange
-            && queue.as_ref().is_some_and(is_delay)
-    })
+    }
 }
 
-/// When a message with the property `expiration` would have been dropped. The broker counts from its
-/// publication, which only the property `timestamp` tells: it counts where the broker would have
-/// delivered the message, else the time of delivery does.
+/// When the message's `expiration` is over. The broker delivers none that has expired, so a
+/// `timestamp` that would have let it expire by now is not that of its publication; it counts as
+/// published now, then.
 pub(super) fn expires_at(properties: &BasicProperties, now: SystemTime) -> Option<SystemTime> {
-    let expiration = properties.expiration().as_ref()?.as_str().trim();
-    let lasts = Duration::from_millis(expiration.parse().ok()?);
-    let published = properties.timestamp().map(Duration::from_secs);
-    let published = published.and_then(|since| UNIX_EPOCH.checked_add(since));
-    let is_plausible =
-        |published: &SystemTime| now.duration_since(*published).is_ok_and(|age| age <= lasts);
-    published.filter(is_plausible).unwrap_or(now).checked_add(lasts)
+    let waits = properties.expiration().as_ref()?.as_str().parse().ok()?;
+    let waits = Duration::from_millis(waits);
+    let published = properties.timestamp().and_then(|seconds| {
+        let from = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))?;
+        // The property has whole seconds: it was published until the end of that one.
+        let until = from.checked_add(Duration::from_millis(999))?.min(now);
+        (from <= now && until.checked_add(waits)? >= now).then_some(until)
+    });
+    published.unwrap_or(now).checked_add(waits)
 }
 
-/// What the broker writes for one delivery, or reads from one publish: `CC` would multiply a copy.
+/// Whether a copy must not have this header: the broker writes it for one delivery, or reads it
+/// from one publish (`CC` would multiply a copy), or it is the worker's own.
 pub(super) fn is_of_one_delivery(name: &str) -> bool {
     let written = ["x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"];
     written.contains(&name)
         || name.starts_with("x-first-death-")
         || name.starts_with("x-last-death-")
         || Earlier::is_header(name)
+}
+
+pub(super) fn header<'a>(received: &'a Received, name: &str) -> Option<&'a AMQPValue> {
+    received.properties.headers().as_ref()?.inner().get(name)
 }
 
 pub(super) fn text(value: &AMQPValue) -> Option<String> {
@@ -98,26 +117,5 @@ pub(super) fn present(property: Option<&ShortString>) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_expires_by_its_timestamp_where_that_can_be_right_else_by_its_delivery() {
-        let second = |n| UNIX_EPOCH + Duration::from_secs(n);
-        let at = |timestamp: Option<u64>, expiration: &str| {
-            let properties = BasicProperties::default().with_expiration(expiration.into());
-            let properties = match timestamp {
-                Some(timestamp) => properties.with_timestamp(timestamp),
-                None => properties,
-            };
-            expires_at(&properties, second(1_000))
-        };
-        assert_eq!(at(None, "60000"), Some(second(1_060)));
-        assert_eq!(at(Some(970), "60000"), Some(second(1_030)));
-        for wrong in [900, 1_001, 970_000, u64::MAX] {
-            assert_eq!(at(Some(wrong), "60000"), Some(second(1_060)), "{wrong}");
-        }
-        assert_eq!(at(None, "soon"), None);
-        assert_eq!(expires_at(&BasicProperties::default(), second(1_000)), None);
-    }
-}
+#[path = "headers_tests.rs"]
+mod tests;

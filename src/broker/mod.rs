@@ -1,9 +1,11 @@
 //! Everything that speaks AMQP: connections, topology, consuming, publishing. The one place of `lapin`.
 
+mod canary;
 mod connection;
 mod consumer;
 mod declare;
 mod definitions;
+mod delay;
 mod headers;
 mod publisher;
 mod pulse;
@@ -20,6 +22,7 @@ use lapin::protocol::AMQPErrorKind;
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use secrecy::SecretString;
 
+pub use canary::Deferral;
 pub use connection::{Generation, Publishing, PublishingEvents, open};
 pub use consumer::{Delivery, Lane, NotSettled};
 pub use definitions::definitions;

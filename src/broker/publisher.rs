@@ -18,7 +18,7 @@ use crate::telemetry::chain;
 
 use super::connection::confirming_channel;
 use super::consumer::Delivery;
-use super::topology::{Delay, Topology};
+use super::topology::{CANARY, Delay, Topology};
 use super::{CONFIRM_LIMIT, PERSISTENT, PULSE};
 
 /// A returned message is credited to the right publish only with one confirm outstanding per
@@ -166,11 +166,12 @@ impl Publisher {
     /// Sends a copy of a published result to the queue that the command names. One that cannot be
     /// delivered is logged: the result is on the exchange all the same.
     pub async fn reply(&self, event: &ResultEvent, queue: &str) {
-        if self.topology.owns(queue) {
+        // A result is no command, and would only be in the way of those that are.
+        if self.topology.is_own_queue(queue) {
             warn!(
                 command_id = event.command_id,
-                "reply_to names a queue of call-manager's own, where no reply goes; the result is on \
-                 the results exchange"
+                "reply_to names call-manager's own queue {queue}: nothing is sent there; the result \
+                 is on the results exchange"
             );
             return;
         }
@@ -196,7 +197,7 @@ impl Publisher {
         delay: Delay,
         earlier: &Earlier,
     ) -> Result<(), PublishError> {
-        // A copy has no `expiration`: it was for the wait in the queue that it has left.
+        // A copy has no `expiration`: it would end the wait too soon, or the command without a word.
         let expires_at = earlier.expires_at.or(delivery.message.expires_at);
         let headers = Earlier { expires_at, ..earlier.clone() }.headers();
         let headers = headers.iter().map(|(name, n)| (*name, AMQPValue::LongLongInt(*n)));
@@ -234,6 +235,16 @@ impl Publisher {
         let name = self.topology.pulse();
         let publish = self.alone("", &name, b"", BasicProperties::default());
         self.patiently(publish).await.map(drop)
+    }
+
+    /// Sends a canary through the shortest delay queue.
+    pub(super) async fn canary(&self) -> Result<(), PublishError> {
+        let exchange = self.topology.delay(Delay::Short);
+        let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+        match self.patiently(self.alone(&exchange, CANARY, b"", properties)).await? {
+            Routed::Somewhere => Ok(()),
+            Routed::Nowhere => Err(PublishError::Unroutable { exchange }),
+        }
     }
 
     /// Publishes with no other confirm outstanding on the channel, so that a return is its own.

@@ -1,6 +1,7 @@
 //! Asks a broker that says nothing whether everything is still as it was built.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
@@ -11,6 +12,7 @@ use crate::domain::command::CommandKind;
 use crate::telemetry::chain;
 
 use super::CALL_LIMIT;
+use super::canary::{Canary, Deferral};
 use super::publisher::Publisher;
 use super::topology::{Delay, Topology};
 
@@ -20,11 +22,19 @@ pub struct Pulse {
     channel: Channel,
     publisher: Arc<Publisher>,
     topology: Topology,
+    /// `None` where canaries have no queue.
+    canary: Option<Mutex<Canary>>,
 }
 
 impl Pulse {
-    pub(super) fn new(channel: Channel, publisher: Arc<Publisher>, topology: Topology) -> Self {
-        Self { channel, publisher, topology }
+    pub(super) fn new(
+        channel: Channel,
+        publisher: Arc<Publisher>,
+        topology: Topology,
+        has_canary: bool,
+    ) -> Self {
+        let canary = has_canary.then(Mutex::default);
+        Self { channel, publisher, topology, canary }
     }
 
     /// Whether the publisher gets its confirms and each queue exists; returns the queues that
@@ -60,24 +70,61 @@ impl Pulse {
         Ok(self.look(&self.topology.queue(kind)).await?.message_count())
     }
 
-    /// How many submits lie in any queue, not those in a worker's hands.
-    pub async fn waiting_submits(&self) -> Result<u32, String> {
-        let kind = CommandKind::Submit;
-        let delays = Delay::ALL.map(|delay| self.topology.delay(delay));
-        let queues = [self.topology.queue(kind), self.topology.retry_queue(kind)];
-        let mut waiting = 0_u32;
-        for name in queues.iter().chain(&delays) {
-            waiting = waiting.saturating_add(self.look(name).await?.message_count());
+    /// Whether what is deferred comes back, as a canary shows. To be asked every [`PULSE`]. `Err` says
+    /// what is wrong; then all of it has to be built again.
+    ///
+    /// [`PULSE`]: super::PULSE
+    pub async fn deferral(&self) -> Result<Deferral, String> {
+        let Some(canary) = &self.canary else { return Ok(Deferral::Unwatched) };
+        let is_back = self.look(&self.topology.canary()).await?.message_count() > 0;
+        let (is_due, is_late) = {
+            let mut canary = canary.lock().unwrap_or_else(PoisonError::into_inner);
+            canary.look(is_back, Instant::now())
+        };
+        if is_back {
+            return Ok(Deferral::Works);
         }
-        Ok(waiting)
+        if is_due && let Err(error) = self.publisher.canary().await {
+            return Ok(Deferral::Stuck(format!("nothing can be deferred: {}", chain(&error))));
+        }
+        if !is_late {
+            return Ok(Deferral::Unknown);
+        }
+        let delay = self.topology.delay(Delay::Short);
+        Ok(Deferral::Stuck(format!("deferred commands do not come back from {delay}")))
+    }
+
+    /// How many submits wait, at most: in their queue, in their retry queue, and among all that lies in
+    /// the delay queues. Without those in a worker's hands, and without those whose delay is over and
+    /// that find no way out of a delay queue: the broker counts them nowhere.
+    pub async fn waiting_submits(&self) -> Result<u32, String> {
+        match timeout(CALL_LIMIT, waiting_submits(&self.channel, &self.topology)).await {
+            Ok(waiting) => waiting.map_err(|error| error.to_string()),
+            Err(_) => Err("the broker is silent about the queues of submits".to_owned()),
+        }
     }
 
     async fn look(&self, name: &str) -> Result<Queue, String> {
-        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let look = self.channel.queue_declare(name.into(), options, FieldTable::default());
-        match timeout(CALL_LIMIT, look).await {
+        match timeout(CALL_LIMIT, look(&self.channel, name)).await {
             Ok(queue) => queue.map_err(|error| error.to_string()),
             Err(_) => Err(format!("the broker is silent about the queue {name}")),
         }
     }
+}
+
+/// See [`Pulse::waiting_submits`].
+pub(super) async fn waiting_submits(channel: &Channel, topology: &Topology) -> lapin::Result<u32> {
+    let kind = CommandKind::Submit;
+    let mut waiting = 0_u32;
+    let mut queues = vec![topology.queue(kind), topology.retry_queue(kind)];
+    queues.extend(Delay::ALL.map(|delay| topology.delay(delay)));
+    for name in queues {
+        waiting = waiting.saturating_add(look(channel, &name).await?.message_count());
+    }
+    Ok(waiting)
+}
+
+async fn look(channel: &Channel, name: &str) -> lapin::Result<Queue> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(name.into(), options, FieldTable::default()).await
 }

@@ -1,9 +1,8 @@
 //! The exchanges, queues and bindings of the contract as data, with a reason on each flag.
 
-use std::fmt;
-use std::time::Duration;
-
 use crate::domain::command::CommandKind;
+
+pub use super::delay::Delay;
 
 /// Redeliveries before the broker itself dead-letters a command. Restarts and lost connections
 /// count, so it is far above what those make; unset, 4.x would use 20 and 3.x none.
@@ -14,47 +13,14 @@ const UNROUTED_MAX_MESSAGES: i64 = 10_000;
 /// …and so many bytes: a `get` of 10,000 recipients is megabytes.
 const UNROUTED_MAX_BYTES: i64 = 256 * 1024 * 1024;
 
-/// How long a deferred command rests before it comes back. A ladder of queues, one per length: the
-/// broker expires messages only at a queue's head, so different times in one queue would wait for
-/// each other.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Delay {
-    /// 2 s.
-    Short,
-    /// 10 s.
-    Medium,
-    /// 60 s.
-    Long,
-}
+/// How long a canary lies where it is looked for: several looks, and then the next one is due.
+const CANARY_STAYS_MILLIS: i64 = 30_000;
 
-impl Delay {
-    /// The last of the ladder.
-    pub const LONGEST: Duration = Duration::from_secs(60);
+/// The routing key of a canary.
+pub(super) const CANARY: &str = "canary";
 
-    /// The ladder, from below.
-    pub const ALL: [Self; 3] = [Self::Short, Self::Medium, Self::Long];
-
-    /// The longest that is not longer than `wait`, or the shortest.
-    pub fn of(wait: Duration) -> Self {
-        let fits = |delay: &Self| delay.duration() <= wait;
-        Self::ALL.into_iter().rev().find(fits).unwrap_or(Self::Short)
-    }
-
-    /// How long.
-    pub fn duration(self) -> Duration {
-        Duration::from_secs(match self {
-            Self::Short => 2,
-            Self::Medium => 10,
-            Self::Long => Self::LONGEST.as_secs(),
-        })
-    }
-}
-
-impl fmt::Display for Delay {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}s", self.duration().as_secs())
-    }
-}
+/// The topic pattern that takes every routing key.
+pub(super) const EVERY_KEY: &str = "#";
 
 /// The names, made of one prefix, and what is declared under them.
 #[derive(Clone, Debug)]
@@ -67,6 +33,8 @@ pub struct Topology {
 pub(super) struct Exchange {
     pub name: String,
     pub routing: Routing,
+    /// Nobody can publish to it; it takes what the broker itself routes there.
+    pub internal: bool,
     pub arguments: Arguments,
 }
 
@@ -86,12 +54,19 @@ pub(super) struct Queue {
     pub arguments: Arguments,
 }
 
-/// From an exchange to a queue.
+/// From an exchange to a queue or to another exchange.
 #[derive(Clone, Debug)]
 pub(super) struct Binding {
     pub exchange: String,
-    pub queue: String,
+    pub to: Target,
     pub routing_key: String,
+}
+
+/// Where a binding leads.
+#[derive(Clone, Debug)]
+pub(super) enum Target {
+    Queue(String),
+    Exchange(String),
 }
 
 /// In the order of declaring.
@@ -151,14 +126,30 @@ impl Topology {
         format!("{}.{kind}.retry", self.prefix)
     }
 
+    /// The exchange that sorts out what left a delay queue and is no command.
+    pub fn stray(&self) -> String {
+        format!("{}.stray", self.prefix)
+    }
+
+    /// The queue where canaries are looked for: messages that a worker sends through the shortest delay
+    /// queue to see whether that one lets them out.
+    pub fn canary(&self) -> String {
+        format!("{}.canary", self.prefix)
+    }
+
+    /// Whether a queue is the worker's own, so that no reply may go there.
+    pub(super) fn is_own_queue(&self, name: &str) -> bool {
+        name == self.pulse() || self.queues().iter().any(|queue| queue.name == name)
+    }
+
+    /// Whether the former version did not have it. A worker does its work without it.
+    pub(super) fn is_new(&self, name: &str) -> bool {
+        name == self.stray() || name == self.canary()
+    }
+
     /// No queue has this name: what is published to it tells only whether the broker confirms.
     pub(super) fn pulse(&self) -> String {
         format!("{}.pulse", self.prefix)
-    }
-
-    /// Whether a queue of this name is the worker's own, or would be.
-    pub(super) fn owns(&self, queue: &str) -> bool {
-        queue == self.pulse() || self.queue_names().iter().any(|own| own == queue)
     }
 
     /// Every exchange there is.
@@ -172,22 +163,27 @@ impl Topology {
     }
 
     pub(super) fn exchanges(&self) -> Vec<Exchange> {
-        let plain = |name, routing| Exchange { name, routing, arguments: Vec::new() };
+        let plain =
+            |name, routing| Exchange { name, routing, internal: false, arguments: Vec::new() };
         let mut exchanges = vec![
             plain(self.dead_letter(), Routing::Fanout),
             plain(self.unrouted(), Routing::Fanout),
             Exchange {
                 name: self.results_exchange(),
                 routing: Routing::Topic,
+                internal: false,
                 // Makes `mandatory` unnecessary on results, which lapin cannot do with many in flight.
                 arguments: vec![("alternate-exchange", text(self.unrouted()))],
             },
             plain(self.commands_exchange(), Routing::Topic),
+            // What comes by way of it has been in a delay queue.
+            Exchange { internal: true, ..plain(self.retry_exchange(), Routing::Topic) },
             Exchange {
-                name: self.retry_exchange(),
+                name: self.stray(),
                 routing: Routing::Topic,
-                // A delay queue that may lose nothing keeps what no binding takes, and with it all that
-                // comes behind: what is no command lies where a person sees it.
+                internal: true,
+                // For what is bound nowhere here: what must leave a delay queue and has no way would
+                // be tried again for ever, and 32 of those hold up everything behind them.
                 arguments: vec![("alternate-exchange", text(self.dead_letter()))],
             },
         ];
@@ -231,24 +227,47 @@ impl Topology {
             arguments.extend(dead_lettering_to(self.retry_exchange()));
             queues.push(Queue { name: self.delay(delay), arguments });
         }
+        queues.push(Queue {
+            name: self.canary(),
+            arguments: vec![
+                quorum(),
+                ("x-message-ttl", Argument::Number(CANARY_STAYS_MILLIS)),
+                // One says it all.
+                ("x-max-length", Argument::Number(1)),
+                ("x-overflow", text("drop-head")),
+            ],
+        });
         queues
     }
 
+    /// In an order that sorts nothing out before it is known what a command is.
     pub(super) fn bindings(&self) -> Vec<Binding> {
+        let to_queue = |exchange, queue, routing_key| {
+            let to = Target::Queue(queue);
+            Binding { exchange, to, routing_key }
+        };
         // A fanout exchange and its one queue have one name.
         let pairs = [self.dead_letter(), self.unrouted()].into_iter();
         let mut bindings: Vec<_> = pairs
             .chain(Delay::ALL.map(|delay| self.delay(delay)))
-            .map(|name| Binding { exchange: name.clone(), queue: name, routing_key: String::new() })
+            .map(|name| to_queue(name.clone(), name, String::new()))
             .collect();
+        let retry = self.retry_exchange();
         for kind in CommandKind::ALL {
-            for (exchange, queue) in [
-                (self.commands_exchange(), self.queue(kind)),
-                (self.retry_exchange(), self.retry_queue(kind)),
-            ] {
-                bindings.push(Binding { exchange, queue, routing_key: kind.routing_key() });
-            }
+            let key = kind.routing_key();
+            bindings.push(to_queue(self.commands_exchange(), self.queue(kind), key.clone()));
+            bindings.push(to_queue(retry.clone(), self.retry_queue(kind), key));
         }
+        // Everything that leaves a delay queue goes there too. A command is led back, where it has been
+        // already, and so does not go on to the alternate exchange, also not while its own queue is
+        // missing: the delay queue holds it until that one is there again.
+        bindings.extend(CommandKind::ALL.map(|kind| {
+            let (to, routing_key) = (Target::Exchange(retry.clone()), kind.routing_key());
+            Binding { exchange: self.stray(), to, routing_key }
+        }));
+        bindings.push(to_queue(self.stray(), self.canary(), CANARY.to_owned()));
+        let (to, routing_key) = (Target::Exchange(self.stray()), EVERY_KEY.to_owned());
+        bindings.push(Binding { exchange: retry, to, routing_key });
         bindings
     }
 }

@@ -25,7 +25,7 @@ impl Worker {
     /// Finishes what the ledger names, for as long as the generation lives.
     pub(super) async fn finish(&self, link: &Link) -> String {
         // No copy on its way is overtaken: each is delivered within this time, where submits are taken.
-        let untouched = self.shared.handler.horizon() + Delay::LONGEST;
+        let untouched = self.shared.handler.horizon() + Delay::Long.duration();
         let mut intake = self.shared.intake();
         let mut taken_since = Instant::now();
         loop {

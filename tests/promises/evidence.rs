@@ -182,7 +182,9 @@ async fn what_calls_other_people_or_another_commands_is_ruled_out() {
 async fn a_call_that_was_made_proves_that_its_batch_exists() {
     let mut world = World::start().await;
     world.sandbox.order(Fault::on(Route::Submit, Effect::ResetAfter));
-    world.sandbox.order(Fault::on(Route::List, Effect::vendor_error(503, "down", "Down.")).times(3));
+    world
+        .sandbox
+        .order(Fault::on(Route::List, Effect::vendor_error(503, "down", "Down.")).times(3));
     // The list does not show it, and its recipients nothing.
     world.sandbox.distort(|route, answer| match route {
         Route::List => answer["batch_calls"] = json!([]),

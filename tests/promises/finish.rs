@@ -203,7 +203,8 @@ async fn what_came_back_is_searched_for_in_a_ledger_that_has_not_seen_the_queues
 #[tokio::test]
 async fn what_is_condemned_is_answered_by_what_is_known_of_it() {
     let trial = Trial::start().await;
-    let condemned = async |message: &CommandMessage| match trial.handler.condemn(message, 20).await {
+    let condemned = async |message: &CommandMessage| match trial.handler.condemn(message, 20).await
+    {
         Handled::Condemned { event, .. } => event,
         _ => panic!("it is given up"),
     };

@@ -212,7 +212,9 @@ async fn a_right_that_the_worker_lacks_is_named() {
     let checks = [("AMQP_URL", url.as_str()), ("TOPOLOGY", "check")];
     let [configure, write, read] = rights_of("worker");
     place.allow("worker", &configure, &write, &but(&read, "get")).await;
-    let said = refusal(&checks).await;
+    // A worker whose ElevenLabs is unavailable takes nothing from that queue, and misses no right to it.
+    let vendor = world.sandbox.base_url();
+    let said = refusal(&[&checks[..], &[("ELEVENLABS_BASE_URL", &vendor)]].concat()).await;
     assert!(said.contains("access to queue 'call-manager.get' "), "{said}");
 
     // What may be written shows only when it is.

@@ -101,6 +101,12 @@ impl Process {
         Some(answer.status().as_u16())
     }
 
+    /// The status and body of `GET /health/ready`; `None` where nothing answers in time.
+    pub async fn readiness(&self) -> Option<(u16, String)> {
+        let answer = self.get("/health/ready", Duration::from_secs(2)).await?;
+        Some((answer.status().as_u16(), answer.text().await.ok()?))
+    }
+
     async fn get(&self, path: &str, limit: Duration) -> Option<reqwest::Response> {
         let log = self.log();
         let address = log.split("address=").nth(1)?.split_whitespace().next()?;

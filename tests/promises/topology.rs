@@ -170,7 +170,8 @@ async fn the_definitions_are_of_the_virtual_host_and_the_prefix_that_were_asked_
             assert_eq!(one["vhost"], "/calls", "{one}");
         }
     }
-    assert_eq!(json["bindings"].as_array().unwrap().len(), topology.queue_names().len());
+    // One to each queue, and those between the exchanges behind the delay queues.
+    assert_eq!(json["bindings"].as_array().unwrap().len(), topology.queue_names().len() + 4);
 }
 
 #[tokio::test]

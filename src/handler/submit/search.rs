@@ -18,7 +18,8 @@ use super::super::outcome::submit_unknown;
 use super::super::step::{Reading, Sight, Verdict, verdict};
 use super::super::turn::{Clearance, SHORTEST_DELAY, Turn};
 use super::super::vendor::Key;
-use super::{Doubt, Execution, Leave, Waited, wait_for_ledger};
+use super::execution::{Doubt, Execution, Leave};
+use super::{Waited, wait_for_ledger};
 
 /// Between two readings, at least.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);

@@ -1,9 +1,11 @@
 //! The promises whose proof takes longer than 20 seconds: `script/test --all` runs them.
 
 mod cluster;
+mod headers;
 mod network;
 mod nodes;
 mod outage;
 #[cfg(feature = "crash-points")]
 mod poison;
 mod processes;
+mod purged;

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use call_manager::app;
-use call_manager::broker::Topology;
+use call_manager::broker::{Delay, Topology};
 use call_manager::config::{BrokerSettings, LedgerPlace, LedgerSettings, LogSettings, Settings};
 use call_manager::domain::command::CommandKind;
 use call_manager::telemetry::LogFormat;
@@ -53,7 +53,7 @@ async fn connect_to(url: &str) -> Connection {
         .expect("a RabbitMQ answers at AMQP_URL: run the tests with script/test, which sees to one")
 }
 
-/// The end of the path by which a worker asks whether ElevenLabs can be used.
+/// How a worker asks whether ElevenLabs can be used.
 const QUESTION: &str = "workspace?limit=1";
 
 pub struct World {
@@ -232,7 +232,8 @@ impl World {
     /// Waits until no command lies in any queue: also a copy that is there because a worker was killed
     /// between a deferral and its ack has come back by then.
     pub async fn until_nothing_waits(&self) {
-        let kept = [self.topology.unrouted(), self.topology.dead_letter()];
+        let topology = &self.topology;
+        let kept = [topology.unrouted(), topology.dead_letter(), topology.canary()];
         until("no command waits", async || {
             for name in self.topology.queue_names().iter().filter(|name| !kept.contains(name)) {
                 if self.queue(name).await.0 > 0 {
@@ -306,29 +307,35 @@ impl World {
         self.log().iter().filter(|request| request.route == route).count()
     }
 
-    /// How many requests of any kind the vendor has got, but for the same.
+    /// The same of any kind.
     pub fn asked(&self) -> usize {
         self.log().len()
     }
 
-    fn log(&self) -> Vec<Request> {
-        let mut log = self.sandbox.requests();
-        log.retain(|request| !request.path.ends_with(QUESTION));
-        log
-    }
-
     /// How often it was asked whether it can be used.
     pub fn probes(&self) -> usize {
-        let log = self.sandbox.requests();
-        log.iter().filter(|request| request.path.ends_with(QUESTION)).count()
+        self.sandbox.requests().len() - self.asked()
+    }
+
+    fn log(&self) -> Vec<Request> {
+        let log = self.sandbox.requests().into_iter();
+        log.filter(|request| !request.path.ends_with(QUESTION)).collect()
     }
 
     pub async fn next_result(&mut self) -> Received {
         Received::checked(&self.next_raw_result().await)
     }
 
+    pub async fn result_within(&mut self, limit: Duration) -> Received {
+        Received::checked(&self.raw_result_within(limit).await)
+    }
+
     pub async fn next_raw_result(&mut self) -> lapin::message::Delivery {
-        let delivery = timeout(LIMIT, self.results.next()).await.expect("a result comes in time");
+        self.raw_result_within(LIMIT).await
+    }
+
+    async fn raw_result_within(&mut self, limit: Duration) -> lapin::message::Delivery {
+        let delivery = timeout(limit, self.results.next()).await.expect("a result comes in time");
         let mut delivery = delivery.expect("the results queue stays").unwrap();
         if self.kept.is_some() {
             assert!(delivery.acker.ack(BasicAckOptions::default()).await.unwrap());
@@ -343,8 +350,10 @@ impl World {
         if self.worker.is_some() {
             self.stop_worker().await;
         }
-        let unrouted = self.topology.unrouted();
-        for name in self.topology.queue_names().iter().filter(|name| **name != unrouted) {
+        let kept = [self.topology.unrouted(), self.topology.canary()];
+        let delay = self.topology.delay(Delay::Short);
+        until("no canary is on its way", async || self.queue(&delay).await.0 == 0).await;
+        for name in self.topology.queue_names().iter().filter(|name| !kept.contains(name)) {
             // What a consumer leaves unsettled returns in the step that removes the consumer.
             until("the consumers are gone", async || self.queue(name).await.1 == 0).await;
             assert_eq!(self.queue(name).await.0, 0, "{name} is empty");
