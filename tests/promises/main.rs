@@ -28,6 +28,7 @@ mod headers;
 mod keys;
 mod ledger;
 mod ledger_faults;
+mod ledger_finish;
 mod ledger_open;
 mod load;
 mod long;

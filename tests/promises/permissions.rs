@@ -214,7 +214,8 @@ async fn a_right_that_the_worker_lacks_is_named() {
     place.allow("worker", &configure, &write, &but(&read, "get")).await;
     // A worker whose ElevenLabs is unavailable takes nothing from that queue, and misses no right to it.
     let vendor = world.sandbox.base_url();
-    let said = refusal(&[&checks[..], &[("ELEVENLABS_BASE_URL", &vendor)]].concat()).await;
+    let works = [("ELEVENLABS_BASE_URL", &*vendor), ("ELEVENLABS_API_KEY", "sandbox-key")];
+    let said = refusal(&[&checks[..], &works].concat()).await;
     assert!(said.contains("access to queue 'call-manager.get' "), "{said}");
 
     // What may be written shows only when it is.
