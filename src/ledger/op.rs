@@ -16,7 +16,7 @@ pub struct Body {
     pub fingerprint: Uuid,
     /// Of its raw bytes.
     pub hash: Uuid,
-    /// See [`Row::origin`].
+    /// What the submit is finished with when its message does not come back, as JSON.
     pub origin: Arc<str>,
 }
 
@@ -71,7 +71,7 @@ pub enum Op {
         worker: Uuid,
         /// Hash of the message's raw bytes.
         body: Uuid,
-        /// See [`Op::Claim`].
+        /// The message says that somebody may have begun it, whatever this ledger knows.
         doubt: bool,
         /// As JSON; `None` only asks what was done for it.
         ending: Option<Arc<str>>,
@@ -148,7 +148,7 @@ pub struct Yours {
     pub attempts: u32,
     /// A cancel came first.
     pub struck: bool,
-    /// See [`Row::origin`].
+    /// What the submit is finished with when its message does not come back, as JSON.
     pub origin: Option<Arc<str>>,
 }
 
@@ -161,7 +161,7 @@ pub struct Finished {
     pub published: bool,
     /// Its batch has to be cancelled.
     pub cancel: Option<Batch>,
-    /// See [`Row::origin`].
+    /// What the submit is finished with when its message does not come back, as JSON.
     pub origin: Option<Arc<str>>,
 }
 
