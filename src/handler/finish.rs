@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use crate::domain::Earlier;
 use crate::domain::command::BatchId;
 use crate::domain::result::{Ending, ResultEvent, ResultOf};
-use crate::elevenlabs::Class;
+use crate::elevenlabs::{Class, Error};
 use crate::ledger::{Claim, Ended, Unavailable};
 use crate::telemetry::chain;
 
@@ -69,9 +69,7 @@ impl Handler {
     }
 
     async fn finish_settled(&self, command_id: &str, ended: Ended) -> Option<Unpublished> {
-        if let Some(batch) = ended.cancel.and_then(|id| BatchId::try_from(id).ok()) {
-            self.cancel_struck(command_id, &batch).await;
-        }
+        self.cancel_struck(command_id, &ended).await;
         if ended.published {
             return None;
         }
@@ -87,10 +85,19 @@ impl Handler {
 
     /// Cancels a batch whose submit was cancelled by its command id while it was executed. That
     /// cancel's own message may be gone.
-    pub(super) async fn cancel_struck(&self, command_id: &str, batch: &BatchId) {
+    pub(super) async fn cancel_struck(&self, command_id: &str, ended: &Ended) {
+        let Some((id, key)) = ended.cancel.clone() else { return };
+        let Ok(batch) = BatchId::try_from(id) else { return };
         let batch_id = batch.as_str();
-        match self.cancel(batch).await {
+        match self.cancel(&batch).await {
             Ok(_) => info!(command_id, batch_id, "cancelled: a cancel came while it was created"),
+            Err(Error::Refused { status: 404, .. }) if !self.has_seen(key) => {
+                warn!(
+                    command_id,
+                    batch_id, "the API key does not see a batch that is to be cancelled"
+                );
+                return;
+            }
             // Nothing more can be done: it has ended, or is gone.
             Err(error) if error.class() == Class::Refused => {
                 warn!(command_id, batch_id, error = chain(&error), "it cannot be cancelled");

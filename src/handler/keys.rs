@@ -35,10 +35,14 @@ pub enum Sees {
 }
 
 impl Handler {
+    /// Whether it is known that the present key sees the batches of this one.
+    pub(super) fn has_seen(&self, key: Uuid) -> bool {
+        key == self.vendor.key_id() || self.seen_keys.has(key)
+    }
+
     /// Whether the present key sees the batches of all these keys.
     pub(super) async fn sees_all(&self, keys: &[Uuid]) -> Sees {
-        let own = self.vendor.key_id();
-        for key in keys.iter().filter(|key| **key != own && !self.seen_keys.has(**key)) {
+        for key in keys.iter().filter(|key| !self.has_seen(**key)) {
             match self.sees_batch_of(*key).await {
                 Sees::All => self.seen_keys.add(*key),
                 other => return other,

@@ -112,8 +112,8 @@ pub struct Ended {
     pub ending: Ending,
     /// The broker has its result.
     pub published: bool,
-    /// The id of its batch, where a cancel came while it was created.
-    pub cancel: Option<String>,
+    /// Its batch, and the API key that saw it, where a cancel came while it was created.
+    pub cancel: Option<(String, Uuid)>,
     /// What the claim kept, until the result is published.
     pub origin: Option<Arc<str>>,
 }
@@ -402,7 +402,7 @@ fn read(finished: Finished) -> Result<Ended, Unavailable> {
     Ok(Ended {
         ending: serde_json::from_str(&finished.ending).map_err(StoreError::Ending)?,
         published: finished.published,
-        cancel: finished.cancel.map(|batch| (*batch.id).to_owned()),
+        cancel: finished.cancel.map(|batch| ((*batch.id).to_owned(), batch.key)),
         origin: finished.origin,
     })
 }

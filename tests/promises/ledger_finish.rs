@@ -103,7 +103,7 @@ async fn a_batch_that_a_cancel_came_for_is_named_until_it_is_cancelled(place: &P
     let lease = fresh(&ledger, "c-1").await;
     assert!(matches!(ledger.find("c-1", true).await.unwrap(), Found::InHand));
     let ended = end(&lease, &created("b-1")).await.unwrap();
-    assert_eq!(ended.cancel.as_deref(), Some("b-1"));
+    assert_eq!(ended.cancel, Some(("b-1".to_owned(), KEY)));
     drop(lease);
     ledger.published("c-1").await;
     until("only the cancel is left", async || {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use crate::crash;
-use crate::domain::command::{BatchId, CommandKind};
+use crate::domain::command::CommandKind;
 use crate::domain::result::{Ending, Outcome};
 use crate::elevenlabs::{Answer, Class, Error, SubmitRequest};
 use crate::ledger::{Attempted, Ended, Go, Lease};
@@ -131,7 +131,8 @@ impl<'a> Execution<'a> {
     pub async fn run(mut self) -> Executed {
         match self.execute().await {
             Ok(ended) => {
-                self.cancel_if_asked(&ended).await;
+                // A cancel came while the batch was created: whoever records the batch cancels it.
+                self.handler.cancel_struck(&self.origin.search.command_id, &ended).await;
                 Executed::Ended(ended)
             }
             Err(Leave::TakenOver) => Executed::TakenOver,
@@ -389,13 +390,6 @@ impl<'a> Execution<'a> {
                 }
                 Waited::Stopped => return Err(Leave::Stopped),
             }
-        }
-    }
-
-    /// A cancel came while the batch was created: whoever records the batch cancels it.
-    async fn cancel_if_asked(&self, ended: &Ended) {
-        if let Some(batch) = ended.cancel.clone().and_then(|id| BatchId::try_from(id).ok()) {
-            self.handler.cancel_struck(&self.origin.search.command_id, &batch).await;
         }
     }
 
