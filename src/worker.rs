@@ -45,6 +45,10 @@ const CANCELS_FIRST: Duration = Duration::from_secs(5);
 /// Between two looks whether the cancels are through.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
+/// What a worker had in hand whose machine is gone is with nobody until RabbitMQ misses its heartbeats.
+/// Queues that are empty before that prove nothing.
+const LIMBO: Duration = Duration::from_secs(60);
+
 /// How long the commands that were cut off may take to publish what they have to say.
 const CUT_OFF_LIMIT: Duration = Duration::from_secs(5);
 
@@ -140,9 +144,6 @@ impl Worker {
             match opened {
                 Ok(generation) => {
                     worked_once = true;
-                    if generation.waiting_submits() == 0 {
-                        self.shared.handler.note_drained().await;
-                    }
                     let since = Instant::now();
                     info!(prefetch = self.broker.prefetch, "consuming");
                     readiness.wrong(Part::Publisher, "no message is confirmed yet");
@@ -230,6 +231,7 @@ impl Worker {
     /// always of a connection.
     async fn ask(&self, pulse: &Pulse, link: &Link) -> String {
         let intake = self.shared.intake();
+        let began = Instant::now();
         let (mut unconsumed, mut was_drained, mut is_stuck) = (Vec::new(), false, false);
         if let Err(reason) = pulse.publish().await {
             return reason;
@@ -237,8 +239,8 @@ impl Worker {
         link.note_confirm();
         loop {
             tokio::time::sleep(PULSE).await;
-            let is_idle = !was_drained && self.is_idle(CommandKind::Submit);
-            if is_idle && pulse.waiting_submits().await == Ok(0) {
+            let is_idle = began.elapsed() >= LIMBO && self.is_idle(CommandKind::Submit);
+            if is_idle && !was_drained && pulse.waiting_submits().await == Ok(0) {
                 self.shared.handler.note_drained().await;
                 was_drained = true;
             }

@@ -18,7 +18,7 @@ use crate::domain::command::CommandKind;
 
 use super::consumer::Lane;
 use super::publisher::Publisher;
-use super::pulse::{Pulse, waiting_submits};
+use super::pulse::Pulse;
 use super::tls::TlsFiles;
 use super::topology::Topology;
 use super::transport;
@@ -33,7 +33,6 @@ pub struct Generation {
     /// Of the publishing connection.
     events: BoxStream<'static, Event>,
     pulse: Pulse,
-    waiting_submits: u32,
     // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm)
     // blocks a whole connection, and acks and deliveries must go on.
     consuming: Connection,
@@ -78,7 +77,6 @@ async fn build(
     let events = publishing.events_listener().boxed();
     let publisher = Arc::new(Publisher::new(publishing, topology).await?);
     let asking = consuming.create_channel().await?;
-    let waiting_submits = waiting_submits(&asking, topology).await?;
     let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone(), has_canary);
 
     let lanes = CommandKind::ALL.map(async |kind| {
@@ -88,15 +86,10 @@ async fn build(
         Lane::open(kind, channel, topology, takes_fresh(kind)).await
     });
     let lanes = try_join_all(lanes).await?;
-    Ok(Generation { lanes, publisher, events, pulse, waiting_submits, consuming })
+    Ok(Generation { lanes, publisher, events, pulse, consuming })
 }
 
 impl Generation {
-    /// How many submits waited, at most, before anything was consumed; see [`Pulse::waiting_submits`].
-    pub fn waiting_submits(&self) -> u32 {
-        self.waiting_submits
-    }
-
     /// The lanes, and beside them what happens to the publishing connection, and what can be asked.
     pub fn parts(&mut self) -> (&mut [Lane], PublishingEvents<'_>, &Pulse) {
         let events = &mut self.events;

@@ -63,6 +63,17 @@ pub enum PublishError {
     Connection(#[from] lapin::Error),
 }
 
+impl PublishError {
+    /// The channel or connection was gone before the message was sent.
+    pub(super) fn is_of_closed_channel(&self) -> bool {
+        let Self::Connection(error) = self else { return false };
+        matches!(
+            error.kind(),
+            ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_)
+        )
+    }
+}
+
 /// Publishes results, many at a time.
 pub struct Publisher {
     connection: Connection,

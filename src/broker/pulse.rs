@@ -85,6 +85,10 @@ impl Pulse {
             return Ok(Deferral::Works);
         }
         if is_due && let Err(error) = self.publisher.canary().await {
+            // A channel that was closed before says nothing about what is deferred.
+            if error.is_of_closed_channel() {
+                return Err(chain(&error));
+            }
             return Ok(Deferral::Stuck(format!("nothing can be deferred: {}", chain(&error))));
         }
         if !is_late {
@@ -98,10 +102,14 @@ impl Pulse {
     /// the delay queues. Without those in a worker's hands, and without those whose delay is over and
     /// that find no way out of a delay queue: the broker counts them nowhere.
     pub async fn waiting_submits(&self) -> Result<u32, String> {
-        match timeout(CALL_LIMIT, waiting_submits(&self.channel, &self.topology)).await {
-            Ok(waiting) => waiting.map_err(|error| error.to_string()),
-            Err(_) => Err("the broker is silent about the queues of submits".to_owned()),
+        let kind = CommandKind::Submit;
+        let delays = Delay::ALL.map(|delay| self.topology.delay(delay));
+        let queues = [self.topology.queue(kind), self.topology.retry_queue(kind)];
+        let mut waiting = 0_u32;
+        for name in queues.iter().chain(&delays) {
+            waiting = waiting.saturating_add(self.look(name).await?.message_count());
         }
+        Ok(waiting)
     }
 
     async fn look(&self, name: &str) -> Result<Queue, String> {
@@ -110,18 +118,6 @@ impl Pulse {
             Err(_) => Err(format!("the broker is silent about the queue {name}")),
         }
     }
-}
-
-/// See [`Pulse::waiting_submits`].
-pub(super) async fn waiting_submits(channel: &Channel, topology: &Topology) -> lapin::Result<u32> {
-    let kind = CommandKind::Submit;
-    let mut waiting = 0_u32;
-    let mut queues = vec![topology.queue(kind), topology.retry_queue(kind)];
-    queues.extend(Delay::ALL.map(|delay| topology.delay(delay)));
-    for name in queues {
-        waiting = waiting.saturating_add(look(channel, &name).await?.message_count());
-    }
-    Ok(waiting)
 }
 
 async fn look(channel: &Channel, name: &str) -> lapin::Result<Queue> {
