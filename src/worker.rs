@@ -19,9 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-use crate::broker::{
-    self, Deferral, Generation, Lane, PULSE, Publisher, Publishing, PublishingEvents, Pulse,
-};
+use crate::broker::{self, Change, Deferral, Events, Generation, Lane, PULSE, Publisher, Pulse};
 use crate::domain::command::CommandKind;
 use crate::handler::{Handler, Stopping};
 use crate::health::{Part, Readiness};
@@ -185,12 +183,12 @@ impl Worker {
             readiness: self.shared.readiness.clone(),
         };
         let reasons = {
-            let (lanes, mut events, pulse) = generation.parts();
+            let (lanes, events, pulse) = generation.parts();
             let lanes = lanes.iter_mut().map(|lane| self.receive(lane, &link));
             let mut receiving = pin!(join_all(lanes));
             tokio::select! {
                 reasons = &mut receiving => reasons,
-                reason = self.supervise(&mut events, pulse, &link) => {
+                reason = self.supervise(events, pulse, &link) => {
                     lost.cancel();
                     receiving.await;
                     vec![Some(reason)]
@@ -205,6 +203,7 @@ impl Worker {
             generation.close().await;
             return None;
         }
+        let reason = generation.why_lost().await.or(reason);
         // Closed in the background: a dead broker answers nothing, and the next generation must
         // not wait for that. Commands in hand go on; their results will find no connection, and
         // the redelivered command gets them from the ledger.
@@ -213,12 +212,7 @@ impl Worker {
     }
 
     /// Watches over one generation until it is lost; returns why.
-    async fn supervise(
-        &self,
-        events: &mut PublishingEvents<'_>,
-        pulse: &Pulse,
-        link: &Link,
-    ) -> String {
+    async fn supervise(&self, events: &mut Events, pulse: &Pulse, link: &Link) -> String {
         tokio::select! {
             reason = self.watch(events) => reason,
             reason = self.ask(pulse, link) => reason,
@@ -325,21 +319,21 @@ impl Worker {
         }
     }
 
-    /// Follows the publishing connection until it is lost; returns why. During an alarm, what is in
-    /// hand waits for its confirm.
-    async fn watch(&self, events: &mut PublishingEvents<'_>) -> String {
+    /// Follows the connections until one is lost; returns why. During an alarm, what is in hand
+    /// waits for its confirm.
+    async fn watch(&self, events: &mut Events) -> String {
         loop {
             match events.next().await {
-                Publishing::Blocked(reason) => {
+                Change::Blocked(reason) => {
                     warn!(reason, "the broker takes no messages (memory or disk alarm); waiting");
                     let reason = format!("the broker takes no messages: {reason}");
                     self.shared.readiness.wrong(Part::Publisher, reason);
                 }
-                Publishing::Unblocked => {
+                Change::Unblocked => {
                     info!("the broker takes messages again");
                     self.shared.readiness.good(Part::Publisher);
                 }
-                Publishing::Lost(reason) => return reason,
+                Change::Lost(reason) => return reason,
             }
         }
     }

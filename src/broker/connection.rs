@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
-use futures_util::stream::BoxStream;
+use futures_util::stream::{BoxStream, select};
 use lapin::options::{BasicQosOptions, ConfirmSelectOptions};
 use lapin::uri::AMQPUri;
-use lapin::{Channel, Connection, ConnectionProperties, Event};
+use lapin::{Channel, Connection, ConnectionProperties, ConnectionStatus, Event};
 use secrecy::ExposeSecret;
 use tokio::time::timeout;
 use tracing::debug;
@@ -24,14 +24,16 @@ use super::topology::Topology;
 use super::transport;
 use super::{CALL_LIMIT, CONNECT_LIMIT, Error, HEARTBEAT, Settings};
 
+/// How long a connection that is being closed may take to have its reason known.
+const REASON_LIMIT: Duration = Duration::from_secs(1);
+
 /// Everything that was built on one pair of connections.
 pub struct Generation {
     /// One per command queue.
     lanes: Vec<Lane>,
     /// Publishes results.
     pub publisher: Arc<Publisher>,
-    /// Of the publishing connection.
-    events: BoxStream<'static, Event>,
+    events: Events,
     pulse: Pulse,
     // Apart from the publisher's, because a broker that blocks publishers (memory or disk alarm)
     // blocks a whole connection, and acks and deliveries must go on.
@@ -74,7 +76,7 @@ async fn build(
     has_canary: bool,
     takes_fresh: impl Fn(CommandKind) -> bool,
 ) -> lapin::Result<Generation> {
-    let events = publishing.events_listener().boxed();
+    let events = Events::of(&consuming, &publishing);
     let publisher = Arc::new(Publisher::new(publishing, topology).await?);
     let asking = consuming.create_channel().await?;
     let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone(), has_canary);
@@ -90,11 +92,15 @@ async fn build(
 }
 
 impl Generation {
-    /// The lanes, and beside them what happens to the publishing connection, and what can be asked.
-    pub fn parts(&mut self) -> (&mut [Lane], PublishingEvents<'_>, &Pulse) {
-        let events = &mut self.events;
-        let publisher = Arc::clone(&self.publisher);
-        (&mut self.lanes, PublishingEvents { events, publisher }, &self.pulse)
+    /// The lanes, and beside them what happens to the connections, and what can be asked.
+    pub fn parts(&mut self) -> (&mut [Lane], &mut Events, &Pulse) {
+        (&mut self.lanes, &mut self.events, &self.pulse)
+    }
+
+    /// Why a connection was lost, in the broker's words where it said any; `None` where both live.
+    /// Whoever notices the loss first knows less: a publish that failed, or a consumer that ended.
+    pub async fn why_lost(&mut self) -> Option<String> {
+        self.events.why_lost().await
     }
 
     /// Waits, within a limit, until the broker has every acknowledgement.
@@ -122,8 +128,8 @@ impl Generation {
     }
 }
 
-/// A change of the publishing connection. That of the consuming one shows in the lanes.
-pub enum Publishing {
+/// A change of a connection.
+pub enum Change {
     /// A memory or disk alarm: the broker takes no message until it is over.
     Blocked(String),
     /// The broker takes messages again.
@@ -132,27 +138,51 @@ pub enum Publishing {
     Lost(String),
 }
 
-/// What happens to the publishing connection, as it happens.
-pub struct PublishingEvents<'a> {
-    events: &'a mut BoxStream<'static, Event>,
-    publisher: Arc<Publisher>,
+/// What happens to the two connections, as it happens.
+pub struct Events {
+    stream: BoxStream<'static, Event>,
+    of: [ConnectionStatus; 2],
+    /// Said once only.
+    lost: Option<String>,
 }
 
-impl PublishingEvents<'_> {
-    /// The next change; waits for ever where there is none.
-    pub async fn next(&mut self) -> Publishing {
-        loop {
-            match self.events.next().await {
-                Some(Event::ConnectionBlocked(reason)) => return Publishing::Blocked(reason),
-                Some(Event::ConnectionUnblocked) => return Publishing::Unblocked,
-                // That of a single channel comes here too.
-                Some(Event::Error(error)) if !self.publisher.is_connected() => {
-                    return Publishing::Lost(error.to_string());
-                }
-                Some(_) => {}
-                None => return Publishing::Lost("the publishing connection ended".to_owned()),
-            }
+impl Events {
+    fn of(consuming: &Connection, publishing: &Connection) -> Self {
+        Self {
+            stream: select(consuming.events_listener(), publishing.events_listener()).boxed(),
+            of: [consuming.status().clone(), publishing.status().clone()],
+            lost: None,
         }
+    }
+
+    /// The next change; waits for ever where there is none.
+    pub async fn next(&mut self) -> Change {
+        let reason = loop {
+            match self.stream.next().await {
+                // An alarm blocks only what publishes.
+                Some(Event::ConnectionBlocked(reason)) => return Change::Blocked(reason),
+                Some(Event::ConnectionUnblocked) => return Change::Unblocked,
+                // That of a single channel comes here too.
+                Some(Event::Error(error)) if !self.both_live() => break error.to_string(),
+                Some(_) => {}
+                None => break "the connections ended".to_owned(),
+            }
+        };
+        self.lost = Some(reason.clone());
+        Change::Lost(reason)
+    }
+
+    fn both_live(&self) -> bool {
+        self.of.iter().all(ConnectionStatus::connected)
+    }
+
+    async fn why_lost(&mut self) -> Option<String> {
+        if self.lost.is_none() && !self.both_live() {
+            // The reason comes a moment after the first call that fails for it.
+            let lost = async { while !matches!(self.next().await, Change::Lost(_)) {} };
+            timeout(REASON_LIMIT, lost).await.ok();
+        }
+        self.lost.take()
     }
 }
 

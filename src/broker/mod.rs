@@ -23,7 +23,7 @@ use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use secrecy::SecretString;
 
 pub use canary::Deferral;
-pub use connection::{Generation, Publishing, PublishingEvents, open};
+pub use connection::{Change, Events, Generation, open};
 pub use consumer::{Delivery, Lane, NotSettled};
 pub use definitions::definitions;
 pub use publisher::{PublishError, Publisher};

@@ -119,10 +119,6 @@ impl Publisher {
         })
     }
 
-    pub(super) fn is_connected(&self) -> bool {
-        self.connection.status().connected()
-    }
-
     /// A memory or disk alarm: what was published before the broker noticed is confirmed all the same.
     pub fn is_blocked(&self) -> bool {
         self.connection.status().blocked()
