@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use call_manager::config::Settings;
+use call_manager::config::{LedgerPlace, Settings};
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{Effect, Fault, Options, Route};
 use serde_json::json;
 
 use crate::process::Process;
+use crate::support::postgres::Database;
 use crate::support::{World, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
@@ -26,6 +27,34 @@ fn with_key(key: &'static str) -> impl FnOnce(&mut Settings) {
     move |settings| settings.elevenlabs_api_key = key.into()
 }
 
+/// The worker's own file, or this database.
+fn with_ledger(database: Option<&Database>) -> impl FnOnce(&mut Settings) {
+    let url = database.map(Database::url);
+    move |settings| {
+        if let Some(url) = url {
+            settings.ledger.place = LedgerPlace::Postgres { url: url.into(), shown: String::new() };
+        }
+    }
+}
+
+fn with_ledger_and_key(
+    database: Option<&Database>,
+    key: &'static str,
+) -> impl FnOnce(&mut Settings) {
+    let ledger = with_ledger(database);
+    move |settings| {
+        ledger(settings);
+        with_key(key)(settings);
+    }
+}
+
+async fn finish(world: World, database: Option<Database>) {
+    world.finish().await;
+    if let Some(database) = database {
+        database.drop().await;
+    }
+}
+
 /// The answer to a submit is lost, and the worker is stopped before it could read the list.
 async fn leave_in_doubt(world: &mut World, effect: Effect) {
     world.sandbox.order(Fault::on(Route::Submit, effect));
@@ -40,30 +69,37 @@ async fn leave_in_doubt(world: &mut World, effect: Effect) {
 #[tokio::test]
 async fn a_search_with_a_key_that_may_not_see_the_batch_proves_no_absence() {
     for effect in [Effect::ResetAfter, Effect::ResetBefore] {
-        let mut world = world().await;
-        world.start_worker(|_| {}).await;
-        let batches = usize::from(effect == Effect::ResetAfter);
-        leave_in_doubt(&mut world, effect).await;
-        world.start_worker(with_key("other-key")).await;
-        let result = world.next_result().await;
-        assert_eq!(result.code(), "500 outcome_unknown", "{}", result.body);
-        assert!(result.error().contains("the API key was changed"), "{}", result.error());
-        assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (1, batches));
-        world.finish().await;
+        for database in [None, Some(Database::create().await)] {
+            let ledger = database.as_ref();
+            let mut world = world().await;
+            world.start_worker(with_ledger(ledger)).await;
+            let batches = usize::from(effect == Effect::ResetAfter);
+            leave_in_doubt(&mut world, effect.clone()).await;
+            world.start_worker(with_ledger_and_key(ledger, "other-key")).await;
+            let result = world.next_result().await;
+            assert_eq!(result.code(), "500 outcome_unknown", "{}", result.body);
+            assert!(result.error().contains("the API key was changed"), "{}", result.error());
+            assert_eq!(world.requests(Route::Submit), 1);
+            assert_eq!(world.sandbox.batches().len(), batches);
+            finish(world, database).await;
+        }
     }
 }
 
 #[tokio::test]
 async fn a_key_that_reads_a_batch_of_the_former_key_sees_what_that_one_saw() {
-    let mut world = world().await;
-    world.start_worker(|_| {}).await;
-    world.submitted().await;
-    leave_in_doubt(&mut world, Effect::ResetBefore).await;
-    world.start_worker(with_key("rotated-key")).await;
-    let result = world.next_result().await;
-    assert_eq!(result.code(), "200", "{}", result.body);
-    assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (3, 2));
-    world.finish().await;
+    for database in [None, Some(Database::create().await)] {
+        let ledger = database.as_ref();
+        let mut world = world().await;
+        world.start_worker(with_ledger(ledger)).await;
+        world.submitted().await;
+        leave_in_doubt(&mut world, Effect::ResetBefore).await;
+        world.start_worker(with_ledger_and_key(ledger, "rotated-key")).await;
+        let result = world.next_result().await;
+        assert_eq!(result.code(), "200", "{}", result.body);
+        assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (3, 2));
+        finish(world, database).await;
+    }
 }
 
 #[tokio::test]
