@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use call_manager::config::{LedgerPlace, Settings};
 use call_manager::domain::command::CommandKind;
-use elevenlabs_sandbox::{Effect, Fault, Options, Route};
+use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Options, Route};
 use serde_json::json;
 
 use crate::process::Process;
@@ -120,6 +120,37 @@ async fn a_batch_that_the_ledger_knows_is_never_called_unknown() {
         let unknown = world.ask(kind, &json!({"batch_id": "btcal_nobodys"})).await;
         assert_eq!(unknown.code(), "404 not_found");
     }
+    world.finish().await;
+}
+
+/// A cancel came while the batch was created. The key of another workspace gets a 404 for it, which is
+/// no reason to let it call people.
+#[tokio::test]
+async fn a_batch_that_is_to_be_cancelled_is_not_given_up_for_a_key_that_does_not_see_it() {
+    let mut world = world().await;
+    world.start_worker(|_| {}).await;
+    let slow = Effect::Latency(Duration::from_secs(1));
+    world.sandbox.order(Fault::on(Route::Submit, slow));
+    let away = Effect::vendor_error(503, "down", "Down.");
+    world.sandbox.order(Fault::on(Route::Cancel, away).until_cleared());
+    world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
+    until("it is sent", async || world.requests(Route::Submit) == 1).await;
+    let cancel = json!({"command_id": "m"}).to_string();
+    world.publish(CommandKind::Cancel, cancel.as_bytes(), with_id("cancel")).await;
+    assert_eq!(world.next_result().await.code(), "200");
+    until("it is to be cancelled", async || world.requests(Route::Cancel) > 0).await;
+    world.stop_worker().await;
+    world.sandbox.clear_faults();
+    world.start_worker(with_key("other-key")).await;
+    let unseen = world.next_result().await;
+    assert_eq!(unseen.code(), "500 outcome_unknown", "{}", unseen.body);
+    let asked = world.requests(Route::Cancel);
+    until("it is tried again", async || world.requests(Route::Cancel) > asked).await;
+    world.stop_worker().await;
+    assert_ne!(world.sandbox.batches()[0].status, BatchStatus::Cancelled);
+    world.start_worker(|_| {}).await;
+    let is_cancelled = || world.sandbox.batches()[0].status == BatchStatus::Cancelled;
+    until("it is cancelled", async || is_cancelled()).await;
     world.finish().await;
 }
 
