@@ -5,12 +5,15 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use call_manager::ledger::{self, Ledger, Location};
 use lapin::BasicProperties;
 use secrecy::ExposeSecret as _;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
+use uuid::Uuid;
 
+use crate::ledger::MONTH;
 use crate::start::program;
 use crate::support::{LIMIT, Received, World, until};
 
@@ -215,6 +218,22 @@ impl World {
     /// The `LEDGER_URL` of this world's file.
     pub fn ledger_url(&self) -> String {
         format!("sqlite:{}", self.ledger_file().display())
+    }
+
+    /// The same, as a worker leaves it that has seen the queues empty: a command that comes back and has
+    /// no row there was never begun.
+    pub async fn drained_ledger(&self) -> String {
+        let settings = ledger::Settings {
+            location: Location::Sqlite(self.ledger_file()),
+            base_url: self.sandbox.base_url(),
+            key: Uuid::nil(),
+            retention: MONTH,
+            longest_request: LIMIT,
+        };
+        let ledger = Ledger::open(settings).await.unwrap();
+        ledger.note_drained().await.unwrap();
+        ledger.close(LIMIT).await;
+        self.ledger_url()
     }
 
     /// Every result that the broker has had by now and that was not taken yet.

@@ -4,17 +4,13 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use call_manager::domain::command::{CommandKind, marker};
-use call_manager::ledger::{Ledger, Location, Settings};
 use elevenlabs_sandbox::{Effect, Fault, Route};
 use lapin::options::{BasicGetOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
-use uuid::Uuid;
-
-use crate::ledger::MONTH;
 use crate::load::until_within;
 use crate::process::Process;
-use crate::support::{LIMIT, World, submit_body, until, with_id};
+use crate::support::{World, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
 
@@ -23,22 +19,6 @@ const TIMES: usize = 20;
 
 /// It goes to a delay queue each time.
 const LONG: Duration = Duration::from_secs(120);
-
-/// The world's ledger, as a worker leaves it that has seen the queues empty: whoever has no row there was
-/// never begun.
-async fn drained_ledger(world: &World) -> String {
-    let settings = Settings {
-        location: Location::Sqlite(world.ledger_file()),
-        base_url: world.sandbox.base_url(),
-        key: Uuid::nil(),
-        retention: MONTH,
-        longest_request: LIMIT,
-    };
-    let ledger = Ledger::open(settings).await.unwrap();
-    ledger.note_drained().await.unwrap();
-    ledger.close(LIMIT).await;
-    world.ledger_url()
-}
 
 #[tokio::test]
 async fn poison_is_dead_lettered_with_a_reason_and_takes_no_other_command_along() {
@@ -59,7 +39,7 @@ async fn poison_is_dead_lettered_with_a_reason_and_takes_no_other_command_along(
         world.publish(SUBMIT, body.as_bytes(), with_id(&format!("m-{n}"))).await;
     }
 
-    let ledger = drained_ledger(&world).await;
+    let ledger = world.drained_ledger().await;
     for _ in 0..TIMES {
         Process::start(&world, &ledger, &[("CRASH_ON", "poison")]).killed().await;
     }
@@ -98,7 +78,7 @@ async fn poison_is_dead_lettered_with_a_reason_and_takes_no_other_command_along(
 #[tokio::test]
 async fn a_command_that_panics_again_and_again_is_given_up_and_ends_no_connection() {
     let mut world = World::without_worker().await;
-    let ledger = drained_ledger(&world).await;
+    let ledger = world.drained_ledger().await;
     let worker = Process::consuming(&world, &ledger, &[("PANIC_ON", "poison")]).await;
     let body = submit_body().to_string();
     for id in ["before", "poison", "behind"] {
