@@ -18,6 +18,12 @@ const FINISHED_WITHIN: Duration = Duration::from_secs(120);
 
 const SETTINGS: [(&str, &str); 1] = [("RETRY_HORIZON", "2s")];
 
+/// The submit is still at ElevenLabs, and its cancel still waits for it, when the worker is killed.
+const PATIENT: [(&str, &str); 2] = [("RETRY_HORIZON", "10s"), ("ELEVENLABS_TIMEOUT", "20s")];
+
+/// A cancel that is taken has reached the ledger by then; nothing tells of it.
+const STRIKES_WITHIN: Duration = Duration::from_secs(2);
+
 /// Killed while its request is at ElevenLabs; then nothing of its message is left.
 async fn killed_and_purged(world: &World, ledger: &str, processed: bool) {
     let hangs = Fault::on(Route::Submit, Effect::Hang { processed });
@@ -84,7 +90,7 @@ async fn a_cancel_whose_message_is_gone_too_cancels_the_batch() {
     let ledger = world.ledger_url();
     let hangs = Fault::on(Route::Submit, Effect::Hang { processed: true });
     world.sandbox.order(hangs);
-    let worker = Process::consuming(&world, &ledger, &SETTINGS).await;
+    let worker = Process::consuming(&world, &ledger, &PATIENT).await;
     world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
     until("it is at ElevenLabs", async || world.requests(Route::Submit) == 1).await;
     let cancel = json!({"command_id": "m"}).to_string();
@@ -92,13 +98,13 @@ async fn a_cancel_whose_message_is_gone_too_cancels_the_batch() {
     let cancels = world.topology.queue(CommandKind::Cancel);
     until("it is taken", async || world.queue(&cancels).await.0 == 0).await;
     let taken = Instant::now();
-    until("it has reached the ledger", async || taken.elapsed() > Duration::from_secs(1)).await;
+    until("it has reached the ledger", async || taken.elapsed() > STRIKES_WITHIN).await;
     worker.kill().await;
     for queue in [world.topology.queue(SUBMIT), cancels] {
         until("its message is back", async || world.queue(&queue).await.0 == 1).await;
         world.channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await.unwrap();
     }
-    let worker = Process::consuming(&world, &ledger, &SETTINGS).await;
+    let worker = Process::consuming(&world, &ledger, &PATIENT).await;
     assert_eq!(result_of(&mut world).await.code(), "200");
     until("nobody is called", async || world.sandbox.batches()[0].status == BatchStatus::Cancelled)
         .await;
