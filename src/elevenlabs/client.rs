@@ -202,9 +202,16 @@ impl Client {
     async fn page(&self, url: Url) -> Result<(String, HeaderMap), Error> {
         let read = self.read(self.http.request(Method::GET, url)).await;
         self.recorded(read.and_then(|(body, _, headers)| match String::from_utf8(body) {
-            Ok(text) => Ok((text, headers)),
+            // What is found in the list becomes a result.
+            Ok(text) => Ok((self.unquoted(text), headers)),
             Err(_) => Err(Error::unreadable("it is not UTF-8")),
         }))
+    }
+
+    fn unquoted(&self, text: String) -> String {
+        let Cow::Owned(masked) = self.words.without_key(&text) else { return text };
+        warn!("ElevenLabs' answer quotes the API key; it is masked");
+        masked
     }
 
     fn recorded<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
@@ -236,12 +243,22 @@ impl Client {
     ) -> Result<Answer, Error> {
         let read = self.read(request).await;
         self.recorded(read.and_then(|(body, status, headers)| {
-            answer(body, asked_for, &self.words).map_err(|reason| Error::Unreadable {
+            self.answer(body, asked_for).map_err(|reason| Error::Unreadable {
                 status,
                 reason,
                 request_id: error::request_id(&headers, &self.words),
             })
         }))
+    }
+
+    fn answer(&self, body: Vec<u8>, asked_for: Option<&BatchId>) -> Result<Answer, String> {
+        let text = String::from_utf8(body).map_err(|_| "it is not UTF-8".to_owned())?;
+        let data = RawValue::from_string(self.unquoted(text));
+        let answer = Answer::read(data.map_err(|_| "it is not JSON".to_owned())?)?;
+        if asked_for.is_some_and(|asked| asked.as_str() != answer.batch_id) {
+            return Err("it is about another batch than the one asked for".to_owned());
+        }
+        Ok(answer)
     }
 
     /// The whole body of a 2xx answer, its status and its headers.
@@ -283,20 +300,6 @@ async fn read(response: &mut reqwest::Response) -> Result<Vec<u8>, String> {
 
 fn key_id(key: &str) -> Uuid {
     short(blake3::derive_key("call-manager 2026 API key", key.as_bytes()))
-}
-
-fn answer(body: Vec<u8>, asked_for: Option<&BatchId>, words: &Words) -> Result<Answer, String> {
-    let mut text = String::from_utf8(body).map_err(|_| "it is not UTF-8".to_owned())?;
-    if let Cow::Owned(masked) = words.without_key(&text) {
-        warn!("ElevenLabs' answer quotes the API key; it is masked in the result");
-        text = masked;
-    }
-    let data = RawValue::from_string(text).map_err(|_| "it is not JSON".to_owned())?;
-    let answer = Answer::read(data)?;
-    if asked_for.is_some_and(|asked| asked.as_str() != answer.batch_id) {
-        return Err("it is about another batch than the one asked for".to_owned());
-    }
-    Ok(answer)
 }
 
 #[cfg(test)]
@@ -343,9 +346,9 @@ mod tests {
     #[test]
     fn an_answer_about_another_batch_is_not_taken() {
         let id = BatchId::try_from("btcal_1".to_owned()).unwrap();
-        let words = Words::new("secret-key".into());
-        assert!(answer(br#"{"id":"btcal_2"}"#.to_vec(), Some(&id), &words).is_err());
-        assert!(answer(br#"{"id":"btcal_1"}"#.to_vec(), Some(&id), &words).is_ok());
+        let answer = |body: &[u8]| client().answer(body.to_vec(), Some(&id));
+        assert!(answer(br#"{"id":"btcal_2"}"#).is_err());
+        assert!(answer(br#"{"id":"btcal_1"}"#).is_ok());
     }
 
     #[test]
@@ -360,7 +363,7 @@ mod tests {
             r#"{"id":""}"#,
             r#"{"id":"b""#,
         ] {
-            assert!(answer(body.into(), None, &Words::new("k".into())).is_err(), "{body}");
+            assert!(client().answer(body.into(), None).is_err(), "{body}");
         }
     }
 

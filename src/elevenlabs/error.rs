@@ -141,6 +141,23 @@ impl Error {
         Self::Unreadable { status: 200, reason: reason.to_owned(), request_id: None }
     }
 
+    /// A refusal that another answer contradicts: nothing is known.
+    #[must_use]
+    pub fn contradicted(self) -> Self {
+        match self {
+            Self::Refused { status, message, request_id } => {
+                let message = format!("{message} (but it shows the batch)");
+                Self::Inconclusive { status, message, retry_after: None, request_id }
+            }
+            other => other,
+        }
+    }
+
+    /// A 2xx to a submit that is not about the batch that was sent: who knows who answered.
+    pub fn another_batch() -> Self {
+        Self::unreadable("it is not about the batch that was sent")
+    }
+
     /// No answer within a limit of the caller's.
     pub fn too_slow() -> Self {
         Self::unreadable("it did not come in time")

@@ -10,6 +10,16 @@ use super::names;
 use super::numbers::Numbers;
 use super::wire::is_object;
 
+/// Seconds.
+const DAY: i64 = 24 * 60 * 60;
+const HOUR: i64 = 60 * 60;
+
+/// A time that is a multiple of one of these may have been cut to it.
+const CUTS: [i64; 2] = [DAY, HOUR];
+
+/// 2020: there were no batches before. A number below is no time of one.
+const FIRST_BATCH: f64 = 1_577_836_800.0;
+
 /// What the batch of a submit is recognised by. Its JSON is kept in ledgers.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct SearchKey {
@@ -52,20 +62,37 @@ impl Listed {
         // From 5138 on, it can only be milliseconds.
         let seconds = if seconds >= 1e11 { seconds / 1e3 } else { seconds };
         #[expect(clippy::cast_possible_truncation, reason = "a year far below that of i64")]
-        (seconds.is_finite() && seconds.abs() < 1e11).then_some(seconds as i64)
+        (FIRST_BATCH..1e11).contains(&seconds).then_some(seconds as i64)
     }
 
-    /// Whether it was surely created before the second `since`.
+    /// Whether it was surely created before the second `since`. A time may be cut to its hour or day.
     pub fn is_older_than(&self, since: i64) -> bool {
-        self.created_at().is_some_and(|created| created < since)
+        let latest = |created: i64| {
+            let cut = CUTS.into_iter().find(|unit| created % unit == 0);
+            created.saturating_add(cut.unwrap_or(0))
+        };
+        self.created_at().is_some_and(|created| latest(created) < since)
     }
 
-    /// Whether what the list shows rules it out: another agent, another name, or too old.
+    /// Whether its recipients have to be read before anything else that is shown can rule it out: their
+    /// marker says more than a name or a time, which may be masked or shifted by a time zone.
+    pub fn is_worth_reading(&self, key: &SearchKey, since: i64) -> bool {
+        !self.is_older_than(since)
+            || !self.is_older_than(since.saturating_sub(DAY)) && self.has_name_of(key)
+    }
+
+    fn has_name_of(&self, key: &SearchKey) -> bool {
+        names::could_be(&key.name, self.name.as_str())
+    }
+
+    /// Whether what the list shows rules it out, where no marker can be read: another agent, another
+    /// name, or too old.
     pub fn is_anothers(&self, key: &SearchKey, since: i64) -> bool {
         let agent = self.agent_id.as_str().map(str::trim).filter(|agent| !agent.is_empty());
-        let other_agent =
-            agent.is_some_and(|agent| !agent.eq_ignore_ascii_case(key.agent_id.trim()));
-        other_agent || self.is_older_than(since) || !names::could_be(&key.name, self.name.as_str())
+        let other_agent = agent.is_some_and(|agent| {
+            !names::is_masked(agent) && !agent.eq_ignore_ascii_case(key.agent_id.trim())
+        });
+        other_agent || self.is_older_than(since) || !self.has_name_of(key)
     }
 }
 
@@ -99,7 +126,8 @@ impl Shown {
             };
             match recipient.phone_number {
                 Value::String(number) => shown.numbers.push(number),
-                Value::Number(number) => shown.numbers.push(number.to_string()),
+                // One with a fraction or an exponent was retyped, who knows how.
+                Value::Number(number) if number.is_u64() => shown.numbers.push(number.to_string()),
                 _ => {}
             }
             let marker = recipient.conversation_initiation_client_data.and_then(marker_in);
@@ -190,7 +218,8 @@ mod tests {
 
     use super::*;
 
-    const SINCE: i64 = 1_800_000_000;
+    /// No whole hour.
+    const SINCE: i64 = 1_800_000_777;
 
     fn key(command_id: &str) -> SearchKey {
         let numbers = ["+14155550100", "+14155550101"];
@@ -220,9 +249,16 @@ mod tests {
             (json!({"created_at_unix": (SINCE - 1) * 1000}), true),
             (json!({"created_at_unix": SINCE * 1000}), false),
             (json!({"created_at_unix": null}), false),
+            (json!({"created_at_unix": 0}), false),
+            (json!({"created_at_unix": -1}), false),
+            (json!({"created_at_unix": "2026"}), false),
+            (json!({"created_at_unix": "20261122"}), false),
+            (json!({"created_at_unix": SINCE - SINCE % DAY}), false),
+            (json!({"created_at_unix": SINCE - SINCE % DAY - DAY}), true),
             (json!({"created_at_unix": "yesterday"}), false),
             (json!({"agent_id": "agent_2"}), true),
             (json!({"agent_id": " AGENT_1 "}), false),
+            (json!({"agent_id": "agent_***"}), false),
             (json!({"agent_id": null}), false),
             (json!({"name": "Another"}), true),
             (json!({"name": " CITA "}), false),
@@ -238,6 +274,20 @@ mod tests {
         let bare: Listed = serde_json::from_str(r#"{"id":"b"}"#).unwrap();
         assert!(!bare.is_anothers(&key("c"), SINCE));
         assert!(serde_json::from_str::<Listed>(r#"{"id":7}"#).is_err());
+    }
+
+    #[test]
+    fn a_marker_is_read_before_a_name_or_a_time_rules_out() {
+        for (change, is_worth_it) in [
+            (json!({"name": "Another"}), true),
+            (json!({"agent_id": "agent_***"}), true),
+            (json!({"created_at_unix": SINCE - 5 * HOUR - 1}), true),
+            (json!({"created_at_unix": SINCE - 5 * HOUR - 1, "name": "Another"}), false),
+            (json!({"created_at_unix": SINCE - DAY - 1}), false),
+        ] {
+            let listed = listed(change.clone());
+            assert_eq!(listed.is_worth_reading(&key("c"), SINCE), is_worth_it, "{change}");
+        }
     }
 
     fn judge(command_id: &str, recipients: Value) -> Judgement {
@@ -271,7 +321,7 @@ mod tests {
             ),
             (json!([{"phone_number": "(415) 555-0100"}, {"phone_number": "***0101"}]), Undecided),
             (
-                json!([{"phone_number": "+14155550100"}, {"phone_number": "+525590000000"}]),
+                json!([{"phone_number": "+14155550100"}, {"phone_number": "+525590012345"}]),
                 Anothers,
             ),
             (json!([{"phone_number": 14_155_550_100_u64}]), Undecided),

@@ -16,14 +16,46 @@ enum Part {
 }
 
 /// What a blank becomes in URLs and in HTML, but for the signs.
-const ESCAPED_BLANKS: [&str; 2] = ["20", "nbsp"];
+const ESCAPED_BLANKS: [&str; 6] = ["20", "nbsp", "32", "x20", "160", "xa0"];
+
+/// What stands for something that is not shown, but for the ellipsis at a cut end.
+const MASKS: [&str; 9] =
+    ["redact", "hidden", "masked", "xxx", "*", "\u{2022}", "\u{2588}", "##", "__"];
 
 /// Whether some normalisation explains `theirs` as a form of `ours`. Only plain letters and digits
-/// count. A name that is missing, empty or masked says nothing, so it may be.
+/// count, and what stands in brackets counts for nothing: a label, or a mask. A name that is missing,
+/// empty or masked says nothing, so it may be.
 pub fn could_be(ours: &str, theirs: Option<&str>) -> bool {
     let Some(theirs) = theirs else { return true };
+    is_masked(theirs)
+        || is_same_number(ours, theirs)
+        || explains(ours, theirs)
+        || explains(ours, &without_brackets(theirs))
+}
+
+/// `007` that became 7.
+fn is_same_number(ours: &str, theirs: &str) -> bool {
+    let number = |text: &str| text.trim().parse::<f64>().ok();
+    number(ours).is_some_and(|ours| number(theirs) == Some(ours))
+}
+
+fn without_brackets(name: &str) -> String {
+    let mut open = 0_usize;
+    let mut kept = String::new();
+    for c in name.chars() {
+        match c {
+            '(' | '[' | '{' | '<' => open += 1,
+            ')' | ']' | '}' | '>' => open = open.saturating_sub(1),
+            _ if open == 0 => kept.push(c),
+            _ => {}
+        }
+    }
+    kept
+}
+
+fn explains(ours: &str, theirs: &str) -> bool {
     let shown: Vec<char> = theirs.chars().filter_map(plain).collect();
-    if shown.is_empty() || is_masked(theirs) {
+    if shown.is_empty() {
         return true;
     }
     // Which lengths of `shown` the parts seen so far can explain.
@@ -66,9 +98,12 @@ fn plain(c: char) -> Option<char> {
     c.is_ascii_alphanumeric().then(|| c.to_ascii_lowercase())
 }
 
-fn is_masked(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    ["redact", "hidden", "masked", "***", "xxx"].iter().any(|mask| name.contains(mask))
+/// Whether a part of it is not shown.
+pub fn is_masked(name: &str) -> bool {
+    let name = name.trim().to_ascii_lowercase();
+    let whole = name.trim_end_matches(['.', '\u{2026}']);
+    let is_cut_within = whole.contains('\u{2026}') || whole.contains("...");
+    is_cut_within || MASKS.iter().any(|mask| name.contains(mask))
 }
 
 fn parts(ours: &str) -> Vec<Part> {
@@ -116,7 +151,18 @@ mod tests {
             ("Batch 1", "Batch 12", false),
             ("Batch 1", "Batch 2", false),
             ("Recordatorio de cita", "Another campaign", false),
-            ("Recordatorio de cita", "Recordatorio de cita (copy)", false),
+            ("Recordatorio de cita", "Another campaign (1)", false),
+            ("Recordatorio de cita", "Recordatorio de cita (copy)", true),
+            ("Recordatorio de cita", "[Batch] Recordatorio de cita", true),
+            ("Recordatorio de cita", "Record…cita", true),
+            ("Recordatorio de cita", "Record...cita", true),
+            ("Cita 12 de mayo", "Cita ## de mayo", true),
+            ("Cita 12 de mayo", "Cita 13 de mayo", false),
+            ("Cita de Maria Lopez", "Cita de [PERSON]", true),
+            ("Cita de Maria Lopez", "Cita de <name>", true),
+            ("Llamada 4155550100 hoy", "Llamada ••••••0100 hoy", true),
+            ("007", "7", true),
+            ("a b", "a&#32;b", true),
             ("Recordatorio de cita", "***", true),
             ("Recordatorio de cita", "[REDACTED]", true),
             ("Recordatorio de cita", "", true),

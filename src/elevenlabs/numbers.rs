@@ -13,6 +13,13 @@ const MOST_BITS: usize = 65_536;
 /// The end of a number that every way of writing it keeps.
 const LAST_DIGITS: usize = 7;
 
+/// E.164: so many digits at most, and `00` or `011` before them.
+const LONGEST: usize = 15;
+const INTERNATIONAL_PREFIX: usize = 3;
+
+/// What some masks write in place of digits.
+const ZEROS: &str = "0000";
+
 /// A set that can say of a number that it is surely not in it. One bit a number, at a place that a
 /// keyed hash of its last seven digits names; the key is the command id.
 #[derive(Clone, PartialEq, Eq)]
@@ -25,7 +32,7 @@ impl Numbers {
     /// The numbers of the submit with this command id.
     pub fn of<'a>(command_id: &str, numbers: impl Iterator<Item = &'a str>) -> Self {
         let key = key(command_id);
-        let ends: Vec<String> = numbers.filter_map(last_digits).collect();
+        let ends: Vec<String> = numbers.filter_map(end_of).collect();
         let bits = (ends.len() * BITS_PER_NUMBER).next_power_of_two().clamp(LEAST_BITS, MOST_BITS);
         let mut set = Self { bits: vec![0; bits / 8] };
         for end in ends {
@@ -40,7 +47,7 @@ impl Numbers {
     /// Whether this number is surely none of the submit's, however either is written. A number that is
     /// masked or cut says nothing.
     pub fn excludes(&self, command_id: &str, number: &str) -> bool {
-        let Some(end) = last_digits(number) else { return false };
+        let Some(end) = end_of(number).filter(|_| shows_all(number)) else { return false };
         let (byte, bit) = self.place(&key(command_id), &end);
         self.bits.get(byte).is_some_and(|byte| byte & bit == 0)
     }
@@ -57,12 +64,25 @@ fn key(command_id: &str) -> [u8; 32] {
     blake3::derive_key("call-manager 2026 phone numbers of a submit", command_id.as_bytes())
 }
 
-/// `None` where the number does not show all of it.
-fn last_digits(number: &str) -> Option<String> {
-    let is_written_so = |c: char| c.is_ascii_digit() || "+ -().\u{a0}/".contains(c);
+/// The last digits; `None` where there are too few.
+fn end_of(number: &str) -> Option<String> {
     let digits: String = number.chars().filter(char::is_ascii_digit).collect();
     let begin = digits.len().checked_sub(LAST_DIGITS)?;
-    number.chars().all(is_written_so).then(|| digits[begin..].to_owned())
+    Some(digits[begin..].to_owned())
+}
+
+/// Whether a number is written as people write them, with nothing left out: `+1415555----`, a number with
+/// a fraction, and one with a row of zeros may hide some of it.
+fn shows_all(number: &str) -> bool {
+    let number: String = number.trim().chars().filter(|c| !"()".contains(*c)).collect();
+    let number = number.strip_prefix('+').unwrap_or(&number);
+    let groups: Vec<&str> = number.split([' ', '-', '.', '/', '\u{a0}']).collect();
+    let is_digits = |group: &&str| group.bytes().all(|byte| byte.is_ascii_digit());
+    let is_cut = groups.iter().any(|group| group.is_empty())
+        || groups.last().is_some_and(|last| last.len() < 2);
+    let digits = groups.concat();
+    let most = LONGEST + INTERNATIONAL_PREFIX;
+    !is_cut && groups.iter().all(is_digits) && digits.len() <= most && !digits.contains(ZEROS)
 }
 
 impl Serialize for Numbers {
@@ -117,6 +137,12 @@ mod tests {
             "",
             "0100",
             "hidden",
+            "+1415555----",
+            "+1 415 555 ....",
+            "+14150000000",
+            "14155550100.0",
+            "+1415555..00",
+            "1415555010012345678",
         ] {
             assert!(!set.excludes("c-1", written), "{written}");
         }
@@ -126,7 +152,7 @@ mod tests {
     fn most_other_numbers_are_excluded() {
         for count in [1, 10, 10_000] {
             let set = set(&numbers(count));
-            let others = (0..1_000).map(|n| format!("+52559{:07}", 5_000_000 + n));
+            let others = (0..1_000).map(|n| format!("+52559{:07}", 5_123_456 + 13 * n));
             let excluded = others.filter(|other| set.excludes("c-1", other)).count();
             assert!(excluded > 800, "{count}: {excluded} of 1,000");
         }

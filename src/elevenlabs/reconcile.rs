@@ -15,7 +15,7 @@ use tokio::task::spawn_blocking;
 use crate::domain::command::{BatchId, marker};
 
 use super::client::{Answer, Client};
-use super::error::Error;
+use super::error::{Class, Error};
 use super::evidence::{Judgement, Listed, SearchKey, Shown};
 use super::wire::Page;
 
@@ -23,13 +23,20 @@ use super::wire::Page;
 /// only costs pages.
 const SLACK: Duration = Duration::from_secs(60 * 60);
 
+/// A batch that is older than all that are looked for by so much, in seconds, is past them: a time may be
+/// that of another zone.
+const DAY: i64 = 24 * 60 * 60;
+
+/// A list is in order all the same where its times differ by so little, in seconds.
+const DISORDER: i64 = 60;
+
 /// How many pages of the list are read: 100,000 batches of one agent. Past that nothing is known.
 const MAX_PAGES: usize = 1_000;
 
 /// How many batches are remembered: some 3 MB.
 const REMEMBERED: usize = 20_000;
 
-/// How many batches that may be the one are named. With more, nobody can tell either.
+/// How many batches that may be the one are named. With more, nothing can be said.
 const MOST_CANDIDATES: usize = 100;
 
 /// How many times the list is read at the same time: one that has to go far back need not hold up the
@@ -85,12 +92,45 @@ struct Look {
     /// Why nothing can be said.
     inconclusive: Option<Arc<Error>>,
     undecided: Vec<Candidate>,
+    /// What is left of the list is older.
+    is_past: bool,
+    /// A batch was ruled out by what the list shows, without its marker having been read.
+    has_unread: bool,
     tell: oneshot::Sender<Looked>,
 }
 
+/// Which batches a reading of the list looks at closely.
+#[derive(Clone, Copy, PartialEq)]
+enum Depth {
+    /// Those that the list does not rule out: what is there is found so, in general.
+    Plausible,
+    /// All that a marker could be in: a name, an agent or a time may be masked or changed.
+    All,
+}
+
 impl Look {
+    fn begin(&mut self, since: i64) {
+        self.since = since;
+        self.is_past = false;
+        self.has_unread = false;
+        self.undecided.clear();
+    }
+
+    /// There is an end: a closer look would show nothing more.
+    fn is_decided(&self) -> bool {
+        self.inconclusive.is_some() || !self.has_unread
+    }
+
+    /// Whether a batch that shows no marker may be the one.
     fn is_for(&self, listed: &Listed) -> bool {
         !listed.is_anothers(&self.key, self.since)
+    }
+
+    fn is_worth_reading(&self, listed: &Listed, depth: Depth) -> bool {
+        match depth {
+            Depth::Plausible => self.is_for(listed),
+            Depth::All => listed.is_worth_reading(&self.key, self.since),
+        }
     }
 
     /// The list says of a batch what a submit answers.
@@ -113,6 +153,10 @@ impl Look {
         if self.undecided.len() < MOST_CANDIDATES {
             let (batch_id, why) = (listed.id.clone(), why.to_owned());
             self.undecided.push(Candidate { batch_id, why });
+        } else {
+            // Those that are not named may be the one.
+            let why = format!("more than {MOST_CANDIDATES} batches may be the one");
+            self.inconclusive = Some(Arc::new(Error::unreadable(&why)));
         }
     }
 
@@ -147,6 +191,17 @@ impl Finder {
         self.remember(batch_id, &marker(command_id));
     }
 
+    /// Whether the answer to a submit may be about its batch: it has the agent or the name that was sent,
+    /// nothing that contradicts, and is not known to be another command's.
+    pub fn may_be_of(&self, answer: &Answer, key: &SearchKey) -> bool {
+        let wanted = HashSet::from([hash(&marker(&key.command_id))]);
+        let Ok(shown) = serde_json::from_str::<Listed>(answer.data.get()) else { return false };
+        let says_something = shown.name.is_string() || shown.agent_id.is_string();
+        says_something
+            && !shown.is_anothers(key, i64::MIN)
+            && !self.is_others(&answer.batch_id, &wanted)
+    }
+
     fn remember(&self, batch_id: &str, marker: &str) {
         let batch_id: Arc<str> = batch_id.into();
         let mut known = self.known();
@@ -172,7 +227,9 @@ impl Finder {
         let (tell, told) = oneshot::channel();
         let (key, age, agent_id) = (key.clone(), Box::new(age), key.agent_id.clone());
         let (since, inconclusive, undecided) = (i64::MIN, None, Vec::new());
-        self.waiting().push(Look { key, age, since, inconclusive, undecided, tell });
+        let (is_past, has_unread) = (false, false);
+        let look = Look { key, age, since, inconclusive, undecided, is_past, has_unread, tell };
+        self.waiting().push(look);
         let finder = Arc::clone(self);
         // Not in this task: whoever stops looking must not stop the others.
         #[expect(
@@ -192,28 +249,34 @@ impl Finder {
         self.waiting().extract_if(.., |look| look.key.agent_id == agent_id).collect()
     }
 
-    /// Reads the list once, and tells every look what that has come to.
+    /// Reads the list, once more and closely where that may show more, and tells every look what that
+    /// has come to.
     async fn read_for(&self, mut looks: Vec<Look>, agent_id: &str) {
-        let error = self.read(&mut looks, agent_id).await.err().map(Arc::new);
-        for mut look in looks {
-            look.inconclusive = error.clone().or(look.inconclusive);
-            look.not_found();
+        for depth in [Depth::Plausible, Depth::All] {
+            if let Err(error) = self.read(&mut looks, agent_id, depth).await {
+                let error = Arc::new(error);
+                for look in &mut looks {
+                    look.inconclusive = Some(Arc::clone(&error));
+                }
+            }
+            looks.extract_if(.., |look| look.is_decided()).for_each(Look::not_found);
         }
+        looks.into_iter().for_each(Look::not_found);
     }
 
-    /// Reads the list page by page. The looks that are over leave; those that remain at its end
-    /// have not found theirs.
-    async fn read(&self, looks: &mut Vec<Look>, agent_id: &str) -> Result<(), Error> {
+    /// Reads the list page by page. The looks that have found theirs leave.
+    async fn read(&self, looks: &mut Vec<Look>, agent_id: &str, depth: Depth) -> Result<(), Error> {
         let mut cursor: Option<String> = None;
+        let mut order = Order::default();
         for _ in 0..MAX_PAGES {
             looks.retain(|look| !look.tell.is_closed());
-            if looks.is_empty() {
+            if looks.iter().all(|look| look.is_past) {
                 return Ok(());
             }
             let (text, headers) = self.vendor.list(agent_id, cursor.as_deref()).await?;
             if cursor.is_none() {
                 for look in looks.iter_mut() {
-                    look.since = first_second(&headers, (look.age)());
+                    look.begin(first_second(&headers, (look.age)()));
                 }
             }
             let page: Page<'_> = serde_json::from_str(&text)
@@ -221,16 +284,18 @@ impl Finder {
             let read = |raw: &&'_ RawValue| serde_json::from_str(raw.get()).ok();
             let batches = page.batch_calls.iter().filter_map(|raw| Some((read(raw)?, *raw)));
             let batches: Vec<(Listed, &RawValue)> = batches.collect();
-            self.search(looks, &batches).await;
+            self.search(looks, &batches, depth).await;
             if batches.len() < page.batch_calls.len() {
                 return Err(Error::unreadable("a batch in the list has no id"));
             }
-            // One page that is too old as a whole ends a look: not every list is in perfect order.
-            let past = |look: &mut Look| {
-                !batches.is_empty()
-                    && batches.iter().all(|(listed, _)| listed.is_older_than(look.since))
-            };
-            looks.extract_if(.., past).for_each(Look::not_found);
+            for (listed, _) in &batches {
+                order.note(listed);
+            }
+            // One page that is too old as a whole ends a look, where the newest came first so far.
+            for look in looks.iter_mut().filter(|_| order.is_newest_first()) {
+                let since = look.since.saturating_sub(DAY);
+                look.is_past |= batches.iter().all(|(listed, _)| listed.is_older_than(since));
+            }
             if !page.has_more && page.next_doc.is_none() {
                 return Ok(());
             }
@@ -244,11 +309,24 @@ impl Finder {
     }
 
     /// Looks at those batches of a page that a look could be for.
-    async fn search<'a>(&self, looks: &mut Vec<Look>, page: &'a [(Listed, &'a RawValue)]) {
+    async fn search<'a>(
+        &self,
+        looks: &mut Vec<Look>,
+        page: &'a [(Listed, &'a RawValue)],
+        depth: Depth,
+    ) {
         let wanted: HashSet<u64> =
             looks.iter().map(|look| hash(&marker(&look.key.command_id))).collect();
+        for look in looks.iter_mut() {
+            look.has_unread |= page.iter().any(|(listed, _)| {
+                look.is_worth_reading(listed, Depth::All)
+                    && !look.is_worth_reading(listed, depth)
+                    && !self.is_others(&listed.id, &wanted)
+            });
+        }
         let candidates = page.iter().filter(|(listed, _)| {
-            looks.iter().any(|look| look.is_for(listed)) && !self.is_others(&listed.id, &wanted)
+            looks.iter().any(|look| look.is_worth_reading(listed, depth))
+                && !self.is_others(&listed.id, &wanted)
         });
         let ask = |(listed, raw): &'a (Listed, &'a RawValue)| {
             let shown = self.shown(listed, &wanted);
@@ -270,7 +348,8 @@ impl Finder {
                 }
                 Err(error) => {
                     let error = Arc::new(error);
-                    for look in looks.iter_mut().filter(|look| look.is_for(listed)) {
+                    let wants = |look: &&mut Look| look.is_worth_reading(listed, depth);
+                    for look in looks.iter_mut().filter(wants) {
                         look.inconclusive = Some(Arc::clone(&error));
                     }
                 }
@@ -292,7 +371,7 @@ impl Finder {
         };
         let batch = match self.vendor.get(&id).await {
             Ok(answer) => answer.data,
-            Err(Error::Refused { status: 404, .. }) => {
+            Err(error) if error.class() == Class::Refused => {
                 return Ok(Sight::Hidden("it is in the list, and cannot be read"));
             }
             Err(error) => return Err(error),
@@ -321,6 +400,28 @@ impl Finder {
     fn known(&self) -> MutexGuard<'_, Known> {
         // What a panic elsewhere leaves half-done is asked for again.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// In what order the list has come so far.
+#[derive(Default)]
+struct Order {
+    newest: Option<i64>,
+    last: Option<i64>,
+    is_broken: bool,
+}
+
+impl Order {
+    fn note(&mut self, listed: &Listed) {
+        let Some(created) = listed.created_at() else { return };
+        self.newest = self.newest.max(Some(created));
+        self.is_broken |= self.last.is_some_and(|last| created > last + DISORDER);
+        self.last = Some(created);
+    }
+
+    /// One time alone tells of no order.
+    fn is_newest_first(&self) -> bool {
+        !self.is_broken && self.newest > self.last
     }
 }
 
@@ -358,7 +459,8 @@ fn hash(marker: &str) -> u64 {
 fn first_second(headers: &HeaderMap, age: Duration) -> i64 {
     let date = headers.get(DATE).and_then(|value| value.to_str().ok());
     let date = date.and_then(|date| httpdate::parse_http_date(date).ok());
-    let now = date.unwrap_or_else(SystemTime::now);
+    // One that is ahead would hide the batch.
+    let now = date.map_or_else(SystemTime::now, |date| date.min(SystemTime::now()));
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(now.saturating_sub(age).saturating_sub(SLACK).as_secs()).unwrap_or(i64::MAX)
 }

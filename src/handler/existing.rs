@@ -120,6 +120,10 @@ impl Handler {
         };
         match self.vendor.get(id).await {
             Ok(batch) if batch.status.as_deref() == Some("cancelled") => Ok(batch),
+            // It is there: that it is not is no answer.
+            Ok(_) if matches!(refused, Error::Refused { status: 404, .. }) => {
+                Err(refused.contradicted())
+            }
             // Not known yet: the next attempt asks both again.
             Err(error) if refused.class() == Class::Refused && error.class() != Class::Refused => {
                 Err(error)

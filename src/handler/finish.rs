@@ -10,7 +10,7 @@ use crate::domain::Earlier;
 use crate::domain::command::BatchId;
 use crate::domain::result::{Ending, ResultEvent, ResultOf};
 use crate::elevenlabs::{Class, Error};
-use crate::ledger::{Claim, Ended, Unavailable};
+use crate::ledger::{Attempted, Claim, Ended, Unavailable};
 use crate::telemetry::chain;
 
 use super::origin::{Origin, stand_in};
@@ -59,13 +59,25 @@ impl Handler {
             return None;
         };
         info!(command_id, "the message of this submit did not come back; finishing it");
-        let mut turn = Turn::begin(self.retry, Earlier::default(), origin.deadline());
+        let earlier = self.earlier_rounds(attempted.as_ref());
+        let mut turn = Turn::begin(self.retry, earlier, origin.deadline());
         let execution = Execution::new(self, &origin, None, stopping, lease, &mut turn)
             .after(attempted.as_ref());
         match execution.run().await {
             Executed::Ended(ended) => Some(unpublished(command_id, Some(&origin), ended.ending)),
             Executed::TakenOver | Executed::Deferred(..) | Executed::Stopped => None,
         }
+    }
+
+    /// A submit is finished within two horizons more than it was left alone for: a list that can never be
+    /// read leaves its outcome unknown, and not unsaid.
+    fn earlier_rounds(&self, attempted: Option<&Attempted>) -> Earlier {
+        let age = attempted.map_or(Duration::ZERO, |attempted| attempted.age.now());
+        let age = age.saturating_sub(self.horizon() * 2);
+        if age.is_zero() {
+            return Earlier::default();
+        }
+        Earlier::deferred(age, Duration::ZERO, 0, true)
     }
 
     async fn finish_settled(&self, command_id: &str, ended: Ended) -> Option<Unpublished> {
@@ -99,7 +111,7 @@ impl Handler {
                 return;
             }
             // Nothing more can be done: it has ended, or is gone.
-            Err(error) if error.class() == Class::Refused => {
+            Err(error) if error.class() == Class::Refused && !self.still_calls(&batch).await => {
                 warn!(command_id, batch_id, error = chain(&error), "it cannot be cancelled");
             }
             Err(error) => {
@@ -110,6 +122,18 @@ impl Handler {
         }
         if let Err(error) = self.ledger.cancelled(command_id).await {
             warn!(command_id, error = chain(&error), "it will be cancelled once more");
+        }
+    }
+}
+
+impl Handler {
+    /// Whether a batch may go on calling people, as far as anybody can see.
+    async fn still_calls(&self, batch: &BatchId) -> bool {
+        match self.vendor.get(batch).await {
+            Ok(shown) => {
+                !matches!(shown.status.as_deref(), Some("completed" | "failed" | "cancelled"))
+            }
+            Err(error) => error.class() != Class::Refused,
         }
     }
 }

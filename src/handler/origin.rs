@@ -37,7 +37,7 @@ impl Origin {
             traceparent: message.traceparent.clone(),
             tracestate: message.tracestate.clone(),
             deadline_ms: message.begin_before().map(millis),
-            begins_at: begins_at.and_then(|raw| raw.get().parse().ok()),
+            begins_at: begins_at.and_then(|raw| seconds(raw.get())),
             phone_provider: submit.phone_provider.clone(),
             search: SearchKey {
                 command_id: command_id.to_owned(),
@@ -87,7 +87,29 @@ pub fn stand_in(command_id: &str, origin: Option<&Origin>) -> CommandMessage {
     }
 }
 
+/// JSON has many ways to write a whole number: `1900000000.0`, `1.9e9`.
+fn seconds(json: &str) -> Option<i64> {
+    let seconds: f64 = json.trim().parse().ok()?;
+    #[expect(clippy::cast_possible_truncation, reason = "far below the limit of i64")]
+    (seconds.abs() < 1e15).then_some(seconds as i64)
+}
+
 fn millis(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scheduled_time_is_read_however_json_writes_it() {
+        for json in ["1900000000", "1900000000.0", "1.9e9", " 19E8 "] {
+            assert_eq!(seconds(json), Some(1_900_000_000), "{json}");
+        }
+        for json in ["null", "\"soon\"", "1e300"] {
+            assert_eq!(seconds(json), None, "{json}");
+        }
+    }
 }

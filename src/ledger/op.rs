@@ -245,7 +245,14 @@ fn claim(
         }
         State::Waiting => {}
         State::Released { attempts: before } => attempts = *before,
-        State::Settled(settled) => return row.finished(settled),
+        State::Settled(settled) => {
+            let finished = row.finished(settled);
+            if body.is_none() && row.is_to_cancel() {
+                // Whoever finishes has had a look at it: it is the turn of another one.
+                row.touched_at = now;
+            }
+            return finished;
+        }
         State::InHand(held) if held.worker != new.worker && held.lease_until > now => {
             return Reply::InHand { remaining: between(now, held.lease_until) };
         }

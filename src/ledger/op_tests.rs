@@ -259,6 +259,9 @@ fn who_settles_a_struck_submit_as_succeeded_has_to_cancel_its_batch() {
     let Reply::Settled(Finished { cancel: Some(batch), .. }) = reply else { panic!("{reply:?}") };
     assert_eq!(&*batch.id, "batch created");
     assert!(row.as_ref().unwrap().is_to_cancel());
+    // Whoever has tried to cancel it leaves the turn to others.
+    assert!(matches!(claim_with(None, BEN, 2, false).apply(&mut row, NOW + 9), Reply::Settled(_)));
+    assert_eq!(row.as_ref().unwrap().touched_at, NOW + 9);
     Op::Cancelled.apply(&mut row, NOW + 2);
     assert!(!row.as_ref().unwrap().is_to_cancel());
     settle(1, "failed", false).apply(&mut failed, NOW + 1);

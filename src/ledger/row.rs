@@ -10,8 +10,8 @@ use super::op::Body;
 /// Milliseconds since 1970, by the store's clock.
 pub type Millis = i64;
 
-/// Stands for the age of an attempt whose time is not known: older than any message still waits.
-pub(super) const LONG_AGO: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// Stands for the age of an attempt whose time is not known: older than any batch.
+pub(super) const LONG_AGO: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
 /// How many API keys a row remembers. A submit that met more ends as one whose key is not known.
 const MAX_KEYS: usize = 8;

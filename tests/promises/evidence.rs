@@ -113,6 +113,58 @@ async fn a_name_that_was_normalised_hides_no_batch() {
 }
 
 #[tokio::test]
+async fn a_marker_that_can_be_read_counts_for_more_than_a_name_a_time_or_an_agent() {
+    is_found("m", |_, page| each_listed(page, |batch| batch["name"] = json!("Another"))).await;
+    is_found("m", |_, page| each_listed(page, |batch| batch["agent_id"] = json!("agent_x"))).await;
+    is_found("m", |_, page| each_listed(page, |batch| batch["created_at_unix"] = json!(0))).await;
+    is_found("m", |_, page| {
+        each_listed(page, |batch| {
+            let created = batch["created_at_unix"].as_i64().unwrap();
+            batch["created_at_unix"] = json!(created - 6 * 60 * 60);
+        });
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_masked_or_retyped_rules_nothing_out() {
+    stays_unknown("m", |_, answer| {
+        redact(answer);
+        each_listed(answer, |batch| batch["name"] = json!("Record•••••• de ••••"));
+    })
+    .await;
+    stays_unknown("m", |_, answer| {
+        redact(answer);
+        each_recipient(answer, |recipient| recipient["phone_number"] = json!(14_155_550_199.5));
+        each_listed(answer, |batch| batch["created_at_unix"] = json!("20261122"));
+    })
+    .await;
+}
+
+/// Something in between answers in a form that could be a batch's.
+#[tokio::test]
+async fn an_answer_that_is_not_about_what_was_sent_is_searched_for() {
+    for answer in [
+        json!({"id": "req-1", "status": "accepted"}),
+        json!({"id": "btcal_2", "name": "Another campaign", "agent_id": "agent_1"}),
+        json!({"id": "btcal_2", "name": "Recordatorio de cita", "agent_id": "agent_2"}),
+    ] {
+        let mut world = World::start().await;
+        world.sandbox.distort(move |route, given| {
+            if route == Route::Submit {
+                *given = answer.clone();
+            }
+        });
+        world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
+        let result = world.next_result().await;
+        assert_eq!(result.code(), "200", "{}", result.body);
+        assert_eq!(result.json["data"]["id"], json!(world.sandbox.batches()[0].id));
+        assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (1, 1));
+        world.finish().await;
+    }
+}
+
+#[tokio::test]
 async fn a_list_without_names_and_times_hides_no_batch() {
     is_found("m", |_, page| {
         each_listed(page, |batch| {

@@ -8,6 +8,7 @@ use call_manager::domain::command::{Command, CommandKind};
 use call_manager::elevenlabs::{Answer, Finder, Numbers, SearchKey, Seen, SubmitRequest};
 use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
 use futures_util::future::join_all;
+use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -65,6 +66,41 @@ async fn sixty_looks_at_once_share_one_reading_of_the_list_and_find_each_its_own
     }
     assert_eq!(vendor.requests(Route::List), 3, "100 to a page");
     assert!(vendor.requests(Route::Get) <= 300, "{}", vendor.requests(Route::Get));
+}
+
+#[tokio::test]
+async fn a_list_in_another_order_is_read_to_its_end() {
+    let vendor = Vendor::start().await;
+    let oldest = submit(&vendor, "m-0").await.batch_id;
+    for n in 1..=100 {
+        submit(&vendor, &format!("m-{n}")).await;
+    }
+    vendor.sandbox.distort(|route, page| {
+        let is_first = route == Route::List && page["has_more"] == json!(true);
+        let batches = page["batch_calls"].as_array_mut().filter(|_| is_first);
+        for (n, batch) in batches.into_iter().flatten().enumerate() {
+            batch["created_at_unix"] = json!(1_600_000_000 + 100_000 * n);
+        }
+    });
+    let finder = Arc::new(Finder::new(vendor.client.clone()));
+    let found = finder.look(&lost("m-0"), || Duration::from_secs(60)).await;
+    assert_eq!(batch(found.unwrap()), Some(oldest));
+}
+
+#[tokio::test]
+async fn more_batches_that_may_be_the_one_than_are_named_prove_nothing() {
+    let vendor = Vendor::start().await;
+    for n in 0..=100 {
+        submit(&vendor, &format!("m-{n}")).await;
+    }
+    vendor.sandbox.distort(|route, batch| {
+        if route == Route::Get {
+            batch["recipients"] = json!([]);
+        }
+    });
+    let finder = Arc::new(Finder::new(vendor.client.clone()));
+    let looked = finder.look(&lost("nobody"), || Duration::from_secs(60)).await;
+    assert!(looked.unwrap_err().to_string().contains("more than 100 batches"));
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use call_manager::handler::{Handled, Handler, Stopping, Timing, Unpublished};
 use call_manager::ledger::{Found, Ledger, Location, Settings};
 use call_manager::retry::Policy;
 use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Reply, Route};
+use tokio::time::timeout;
 
 use crate::handler::submit;
 use crate::ledger::MONTH;
@@ -26,6 +27,10 @@ struct Trial {
 
 impl Trial {
     async fn start() -> Self {
+        Self::with_horizon(LIMIT).await
+    }
+
+    async fn with_horizon(horizon: Duration) -> Self {
         let vendor = Vendor::start().await;
         let settings = Settings {
             location: Location::Memory,
@@ -36,7 +41,7 @@ impl Trial {
         };
         let ledger = Ledger::open(settings).await.unwrap();
         ledger.note_drained().await.unwrap();
-        let retry = Policy { initial: QUICK, max: QUICK, horizon: Some(LIMIT) };
+        let retry = Policy { initial: QUICK, max: QUICK, horizon: Some(horizon) };
         let timing = Timing { retry, settling_window: QUICK };
         let handler = Arc::new(Handler::new(vendor.client.clone(), ledger.clone(), timing));
         Self { vendor, ledger, handler }
@@ -120,6 +125,27 @@ async fn a_submit_whose_message_is_gone_is_said_not_to_exist_only_when_that_is_p
 }
 
 #[tokio::test]
+async fn a_submit_whose_message_is_gone_is_answered_though_the_list_can_never_be_read() {
+    let trial = Trial::with_horizon(QUICK).await;
+    trial.dies_at_elevenlabs(Effect::Hang { processed: true }).await;
+    trial.vendor.sandbox.distort(|route, page| {
+        if route == Route::List {
+            page["batch_calls"] = serde_json::json!([{"name": "it has no id"}]);
+        }
+    });
+    let finished = timeout(LIMIT, async {
+        loop {
+            if let Some(Unpublished { event, .. }) = trial.finish().await {
+                return event;
+            }
+        }
+    });
+    let event = finished.await.expect("it is answered in the end");
+    assert_eq!(code(&event), "outcome_unknown");
+    assert_eq!(trial.vendor.requests(Route::Submit), 1);
+}
+
+#[tokio::test]
 async fn a_result_that_was_recorded_and_not_published_is_published() {
     let trial = Trial::start().await;
     let handled = trial.handler.handle(Arc::new(Trial::message()), &Stopping::default()).await;
@@ -164,6 +190,24 @@ async fn whoever_finishes_a_submit_that_was_cancelled_meanwhile_cancels_its_batc
     };
     until("it is cancelled", is_cancelled).await;
     until("that is all", async || !trial.is_named().await).await;
+}
+
+/// A batch still calls people, whatever one answer to its cancel said.
+#[tokio::test]
+async fn a_refusal_does_not_end_the_cancel_of_a_batch_that_still_calls() {
+    let trial = Trial::start().await;
+    trial.dies_at_elevenlabs(Effect::Hang { processed: true }).await;
+    assert!(matches!(trial.ledger.find("m", true).await, Ok(Found::InHand)));
+    for status in [404, 400] {
+        let refused = Effect::vendor_error(status, "refused", "Not yet.");
+        trial.vendor.sandbox.order(Fault::on(Route::Cancel, refused));
+    }
+    let is_cancelled = async || {
+        trial.finish().await;
+        trial.vendor.sandbox.batches()[0].status == BatchStatus::Cancelled
+    };
+    until("it is cancelled", is_cancelled).await;
+    assert_eq!(trial.vendor.requests(Route::Cancel), 3);
 }
 
 #[tokio::test]

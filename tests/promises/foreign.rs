@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use call_manager::domain::command::CommandKind;
-use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
+use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Reply, Route};
 use serde_json::{Value, json};
 
 use crate::process::Process;
@@ -115,6 +115,28 @@ async fn the_api_key_is_in_no_result() {
     world.sandbox.order(Fault::on(Route::Get, Effect::Status(Reply::new(200).json(answer))));
     let result = world.ask(CommandKind::Get, &get).await;
     assert_eq!(result.json["data"]["debug"]["xi-api-key"], Value::from("[key]"));
+    // What is found in the list becomes a result, too.
+    world.sandbox.order(Fault::on(Route::Submit, Effect::ResetAfter));
+    world.sandbox.distort(|route, page| {
+        let batches = page["batch_calls"].as_array_mut().filter(|_| route == Route::List);
+        batches.into_iter().flatten().for_each(|batch| batch["debug"] = json!(KEY));
+    });
+    let result = world.ask(CommandKind::Submit, &submit_body()).await;
+    assert_eq!((result.code().as_str(), &result.json["data"]["debug"]), ("200", &json!("[key]")));
+    world.finish().await;
+}
+
+/// A replica that is behind, or a route that a gateway does not know yet.
+#[tokio::test]
+async fn a_batch_that_a_get_shows_is_not_called_unknown_by_its_cancel() {
+    let mut world = World::start().await;
+    let batch = world.submitted().await;
+    let missing = Effect::vendor_error(404, "not_found", "No such batch.");
+    world.sandbox.order(Fault::on(Route::Cancel, missing));
+    let result = world.ask(CommandKind::Cancel, &json!({"batch_id": batch})).await;
+    assert_eq!(result.code(), "200", "{}", result.body);
+    assert_eq!(world.requests(Route::Cancel), 2);
+    assert_eq!(world.sandbox.batches()[0].status, BatchStatus::Cancelled);
     world.finish().await;
 }
 

@@ -104,11 +104,11 @@ async fn the_time_is_looked_at_before_each_attempt() {
 async fn a_batch_that_an_earlier_attempt_created_is_not_called_expired() {
     for (lost, code) in [(Effect::ResetAfter, "200"), (Effect::ResetBefore, "500 expired")] {
         let mut world =
-            World::with(|settings| settings.settling_window = Duration::from_secs(3)).await;
+            World::with(|settings| settings.settling_window = Duration::from_secs(5)).await;
         world.sandbox.order(Fault::on(Route::Submit, lost));
         // The first look sees nothing; by the next one the time has passed.
         world.sandbox.order(Fault::on(Route::List, Effect::Status(Reply::new(503))).times(3));
-        submit(&world, in_seconds(1)).await;
+        submit(&world, in_seconds(2)).await;
         let result = world.next_result().await;
         assert_eq!(result.code(), code, "{}", result.body);
         assert_eq!(world.requests(Route::Submit), 1);

@@ -237,7 +237,10 @@ impl<'a> Execution<'a> {
             }
         };
         match result {
-            Ok(answer) => Ok(Sent::Done(answer)),
+            Ok(answer) if self.handler.finder.may_be_of(&answer, &self.origin.search) => {
+                Ok(Sent::Done(answer))
+            }
+            Ok(_) => self.failed(&Error::another_batch()).await,
             Err(error) => self.failed(&error).await,
         }
     }
