@@ -2,7 +2,7 @@
 //! is ruled out by evidence against it, and what stays undecided is never sent again.
 
 use call_manager::domain::command::{CommandKind, marker};
-use elevenlabs_sandbox::{Effect, Fault, Route};
+use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
 use serde_json::{Value, json};
 
 use crate::support::{Received, World, submit_body, with_id};
@@ -150,11 +150,8 @@ async fn an_answer_that_is_not_about_what_was_sent_is_searched_for() {
         json!({"id": "btcal_2", "name": "Recordatorio de cita", "agent_id": "agent_2"}),
     ] {
         let mut world = World::start().await;
-        world.sandbox.distort(move |route, given| {
-            if route == Route::Submit {
-                *given = answer.clone();
-            }
-        });
+        let accepted = Reply::new(202).json(answer).processed();
+        world.sandbox.order(Fault::on(Route::Submit, Effect::Status(accepted)));
         world.publish(SUBMIT, submit_body().to_string().as_bytes(), with_id("m")).await;
         let result = world.next_result().await;
         assert_eq!(result.code(), "200", "{}", result.body);

@@ -3,10 +3,14 @@
 use std::time::{Duration, Instant};
 
 use call_manager::domain::command::CommandKind;
+use call_manager::handler::Unpublished;
+use call_manager::retry::Policy;
 use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Route};
 use lapin::options::QueuePurgeOptions;
 use serde_json::json;
+use tokio::time::timeout;
 
+use crate::finish::{Trial, code};
 use crate::ledger::Place;
 use crate::process::Process;
 use crate::support::{Received, World, submit_body, until, with_id};
@@ -23,6 +27,13 @@ const PATIENT: [(&str, &str); 2] = [("RETRY_HORIZON", "10s"), ("ELEVENLABS_TIMEO
 
 /// A cancel that is taken has reached the ledger by then; nothing tells of it.
 const STRIKES_WITHIN: Duration = Duration::from_secs(2);
+
+/// Longer than a submit waits in hand, with pauses that are too long for that.
+const RETRY: Policy = Policy {
+    initial: Duration::from_millis(200),
+    max: Duration::from_secs(60),
+    horizon: Some(Duration::from_secs(15)),
+};
 
 /// Killed while its request is at ElevenLabs; then nothing of its message is left.
 async fn killed_and_purged(world: &World, ledger: &str, processed: bool) {
@@ -82,6 +93,29 @@ async fn a_submit_whose_queue_was_purged_is_answered_from_sqlite() {
 #[tokio::test]
 async fn a_submit_whose_queue_was_purged_is_answered_from_postgres() {
     is_answered("postgres").await;
+}
+
+/// Not even a hand that holds it as long as it may is patient enough.
+#[tokio::test]
+async fn a_submit_whose_message_is_gone_is_answered_though_the_list_can_never_be_read() {
+    let trial = Trial::retrying(RETRY).await;
+    trial.dies_at_elevenlabs(Effect::Hang { processed: false }).await;
+    trial.vendor.sandbox.distort(|route, page| {
+        if route == Route::List {
+            page["batch_calls"] = json!([{"name": "it has no id"}]);
+        }
+    });
+    let finished = timeout(FINISHED_WITHIN, async {
+        loop {
+            if let Some(Unpublished { event, .. }) = trial.finish().await {
+                return event;
+            }
+            // It was deferred: its next turn comes when its lease is over.
+        }
+    });
+    let event = finished.await.expect("it is answered in the end");
+    assert_eq!(code(&event), "outcome_unknown");
+    assert_eq!(trial.vendor.requests(Route::Submit), 1);
 }
 
 #[tokio::test]
