@@ -86,7 +86,9 @@ impl Columns {
             }),
             (None, Some(token)) => {
                 let lease_until = self.lease_until.unwrap_or_default();
-                let keys = self.keys.unwrap_or_default();
+                // The former version did not note it: no search proves an absence, then.
+                let unknown = || Uuid::nil().as_bytes().to_vec();
+                let keys = self.keys.unwrap_or_else(unknown);
                 State::InHand(Hold {
                     token,
                     worker: self.worker.unwrap_or_default(),

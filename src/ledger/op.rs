@@ -257,7 +257,7 @@ fn claim(
             return Reply::InHand { remaining: between(now, held.lease_until) };
         }
         State::InHand(held) => {
-            new.take_over(held, after(now, known.takes));
+            new.take_over(held, now, after(now, known.takes));
             attempts = held.attempts;
             history = Some(History::of(&new, now));
         }

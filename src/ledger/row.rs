@@ -118,11 +118,12 @@ impl History {
 }
 
 impl Hold {
-    /// Goes on where another holder left no word. No request is under way past `longest`: a clock
-    /// that was put back makes none longer.
-    pub(super) fn take_over(&mut self, held: &Self, longest: Millis) {
+    /// Goes on where another holder left no word. Where the clock was put back, no request is under way
+    /// past `longest`.
+    pub(super) fn take_over(&mut self, held: &Self, now: Millis, longest: Millis) {
         self.sent_from = held.sent_from;
-        self.busy_until = held.busy_until.min(longest);
+        let was_put_back = held.sent_from > now;
+        self.busy_until = if was_put_back { held.busy_until.min(longest) } else { held.busy_until };
         self.keys.clone_from(&held.keys);
     }
 

@@ -1,6 +1,6 @@
-//! Explores everything that two workers, a broker, a ledger and ElevenLabs can do to one submit, with
-//! the real transitions of the row (`Op::apply`) and the real choice of the next step (`step.rs`).
-//! For each rule, a run without it has to break a promise.
+//! Explores every order of what two workers do to one submit, with kills, a purge, a cancel and an
+//! ElevenLabs that executes late: with the real transitions of the row (`Op::apply`) and the real choice
+//! of the next step (`step.rs`). For each rule, a run without it has to break a promise.
 
 mod world;
 
