@@ -106,6 +106,7 @@ async fn open(
     stop: &CancellationToken,
 ) -> anyhow::Result<Option<Ledger>> {
     let mut pace = OPENING.start();
+    readiness.wrong(Part::Ledger, "it is being opened");
     loop {
         let opened = tokio::select! {
             opened = Ledger::open(settings.clone()) => opened,

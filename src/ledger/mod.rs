@@ -18,6 +18,7 @@ mod sqlite;
 mod store;
 
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -138,8 +139,8 @@ impl Ledger {
     pub async fn open(settings: Settings) -> Result<Self, OpenError> {
         match settings.location {
             Location::Sqlite(ref path) => {
-                // Blocks, before there is anything else to do.
-                Self::serve(sqlite::Sqlite::open(path, &settings.base_url)?, &settings)
+                let store = Self::open_file(path.clone(), settings.base_url.clone()).await?;
+                Self::serve(store, &settings)
             }
             Location::Postgres(ref url) => {
                 let store = postgres::Postgres::open(url, &settings.base_url).await?;
@@ -147,6 +148,19 @@ impl Ledger {
             }
             Location::Memory => Self::serve(memory::Memory::default(), &settings),
         }
+    }
+
+    /// On a thread of its own: a disk that stalls must not take a stop and the health endpoint along.
+    async fn open_file(path: PathBuf, base_url: String) -> Result<sqlite::Sqlite, OpenError> {
+        let (tell, told) = oneshot::channel();
+        let named = thread::Builder::new().name("ledger-open".to_owned());
+        named
+            .spawn(move || drop(tell.send(sqlite::Sqlite::open(&path, &base_url))))
+            .map_err(|source| OpenError::Thread { source })?;
+        told.await.unwrap_or_else(|_| {
+            let source = io::Error::other("its thread ended");
+            Err(OpenError::Thread { source })
+        })
     }
 
     fn serve(store: impl Store, settings: &Settings) -> Result<Self, OpenError> {

@@ -21,6 +21,21 @@ fn library(folder: &TempDir) -> PathBuf {
 }
 
 #[tokio::test]
+async fn a_disk_that_stalls_from_the_start_on_hides_neither_health_nor_a_stop() {
+    let folder = tempfile::tempdir().unwrap();
+    let (library, flag) = (library(&folder), folder.path().join("stalls"));
+    let (library, stalls) = (library.to_str().unwrap(), flag.to_str().unwrap());
+    let stalling = [("LD_PRELOAD", library), ("STALL_WHILE", stalls)];
+    let world = World::without_worker().await;
+    std::fs::write(&flag, "").unwrap();
+    let worker = Process::start(&world, &world.ledger_url(), &stalling);
+    worker.until_logged("/health/ready").await;
+    until("readiness says so", async || worker.ready().await.1.contains("being opened")).await;
+    worker.stop().await;
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn a_disk_that_stalls_is_told_and_waited_for_and_a_stop_works() {
     let folder = tempfile::tempdir().unwrap();
     let (library, flag) = (library(&folder), folder.path().join("stalls"));
