@@ -32,6 +32,9 @@ const SHARED_CHANNEL_BYTES: usize = 64 * 1024;
 /// A connection has 2,047 channels at most, and a PREFETCH may ask for more at a time.
 const LARGE_AT_ONCE: usize = 8;
 
+/// A reply is a courtesy: its command waits no longer for it.
+const REPLY_LIMIT: Duration = Duration::from_secs(5);
+
 /// Well within the broker's ack time-out of 30 minutes, even after a long retry.
 const ALARM_LIMIT: Duration = Duration::from_secs(4 * 60);
 
@@ -58,6 +61,9 @@ pub enum PublishError {
     /// No confirm came.
     #[error("the broker did not confirm the message within {} s", CONFIRM_LIMIT.as_secs())]
     Silent,
+    /// No confirm of a reply came.
+    #[error("the broker did not confirm the reply within {} s", REPLY_LIMIT.as_secs())]
+    NoReply,
     /// The channel or connection is gone.
     #[error("the message could not be published")]
     Connection(#[from] lapin::Error),
@@ -82,6 +88,8 @@ pub struct Publisher {
     topology: Topology,
     large_turn: Semaphore,
     turn_alone: Semaphore,
+    /// Replies take turns among themselves: one that is not confirmed must hold up no deferral.
+    turn_reply: Semaphore,
     idle_channels: Mutex<Vec<Channel>>,
     /// When the last confirm came.
     confirmed: Mutex<Option<Instant>>,
@@ -96,6 +104,7 @@ impl Publisher {
             topology: topology.clone(),
             large_turn: Semaphore::new(LARGE_AT_ONCE),
             turn_alone: Semaphore::new(CHANNELS_ALONE),
+            turn_reply: Semaphore::new(CHANNELS_ALONE),
             idle_channels: Mutex::default(),
             confirmed: Mutex::default(),
         })
@@ -183,8 +192,9 @@ impl Publisher {
             return;
         }
         let body = event.body();
-        let delivered = self.patiently(self.alone("", queue, &body, properties(event))).await;
-        let reason = match delivered {
+        let alone = self.alone(&self.turn_reply, "", queue, &body, properties(event));
+        let delivered = timeout(REPLY_LIMIT, self.patiently(alone)).await;
+        let reason = match delivered.unwrap_or(Err(PublishError::NoReply)) {
             Ok(Routed::Somewhere) => return,
             Ok(Routed::Nowhere) => "no queue has the name in reply_to".to_owned(),
             Err(PublishError::Refused) => "the reply_to queue is full and refuses it".to_owned(),
@@ -225,7 +235,7 @@ impl Publisher {
     ) -> Result<(), PublishError> {
         let message = &delivery.message;
         let key = message.kind().routing_key();
-        let publish = self.alone(&exchange, &key, &message.body, properties);
+        let publish = self.alone(&self.turn_alone, &exchange, &key, &message.body, properties);
         match self.patiently(publish).await? {
             Routed::Somewhere => Ok(()),
             // Where operators own the topology, an exchange may be there without its queue.
@@ -240,7 +250,7 @@ impl Publisher {
             return Ok(());
         }
         let name = self.topology.pulse();
-        let publish = self.alone("", &name, b"", BasicProperties::default());
+        let publish = self.alone(&self.turn_alone, "", &name, b"", BasicProperties::default());
         self.patiently(publish).await.map(drop)
     }
 
@@ -248,7 +258,8 @@ impl Publisher {
     pub(super) async fn canary(&self) -> Result<(), PublishError> {
         let exchange = self.topology.delay(Delay::Short);
         let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-        match self.patiently(self.alone(&exchange, CANARY, b"", properties)).await? {
+        let publish = self.alone(&self.turn_alone, &exchange, CANARY, b"", properties);
+        match self.patiently(publish).await? {
             Routed::Somewhere => Ok(()),
             Routed::Nowhere => Err(PublishError::Unroutable { exchange }),
         }
@@ -257,13 +268,14 @@ impl Publisher {
     /// Publishes with no other confirm outstanding on the channel, so that a return is its own.
     async fn alone(
         &self,
+        turn: &Semaphore,
         exchange: &str,
         key: &str,
         body: &[u8],
         properties: BasicProperties,
     ) -> lapin::Result<Confirmation> {
         // Never closed, so an error cannot come; the permit is what matters.
-        let _turn = self.turn_alone.acquire().await;
+        let _turn = turn.acquire().await;
         let idle = self.idle_channels.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let channel = match idle {
             Some(channel) => channel,
