@@ -3,11 +3,10 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::stream::{self, StreamExt as _};
-use reqwest::header::{DATE, HeaderMap};
 use serde_json::value::RawValue;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
@@ -17,27 +16,14 @@ use crate::domain::command::{BatchId, marker};
 use super::client::{Answer, Client};
 use super::error::{Class, Error};
 use super::evidence::{Judgement, Listed, SearchKey, Shown};
+use super::look::{DAY, Depth, Look, Order, first_second};
 use super::wire::Page;
-
-/// How far the list is read back beyond the first attempt: for clocks that differ or were put back. It
-/// only costs pages.
-const SLACK: Duration = Duration::from_secs(60 * 60);
-
-/// A batch that is older than all that are looked for by so much, in seconds, is past them: a time may be
-/// that of another zone.
-const DAY: i64 = 24 * 60 * 60;
-
-/// A list is in order all the same where its times differ by so little, in seconds.
-const DISORDER: i64 = 60;
 
 /// How many pages of the list are read: 100,000 batches of one agent. Past that nothing is known.
 const MAX_PAGES: usize = 1_000;
 
 /// How many batches are remembered: some 3 MB.
 const REMEMBERED: usize = 20_000;
-
-/// How many batches that may be the one are named. With more, nothing can be said.
-const MOST_CANDIDATES: usize = 100;
 
 /// How many times the list is read at the same time: one that has to go far back need not hold up the
 /// others.
@@ -81,89 +67,6 @@ pub struct Finder {
     candidates: Semaphore,
     waiting: Mutex<Vec<Look>>,
     known: Mutex<Known>,
-}
-
-/// A look: it waits for a reading of the list that begins after it.
-struct Look {
-    key: SearchKey,
-    age: Box<dyn Fn() -> Duration + Send>,
-    /// The second, by the vendor's clock, from which on the batch can have been created.
-    since: i64,
-    /// Why nothing can be said.
-    inconclusive: Option<Arc<Error>>,
-    undecided: Vec<Candidate>,
-    /// What is left of the list is older.
-    is_past: bool,
-    /// A batch was ruled out by what the list shows, without its marker having been read.
-    has_unread: bool,
-    tell: oneshot::Sender<Looked>,
-}
-
-/// Which batches a reading of the list looks at closely.
-#[derive(Clone, Copy, PartialEq)]
-enum Depth {
-    /// Those that the list does not rule out: what is there is found so, in general.
-    Plausible,
-    /// All that a marker could be in: a name, an agent or a time may be masked or changed.
-    All,
-}
-
-impl Look {
-    fn begin(&mut self, since: i64) {
-        self.since = since;
-        self.is_past = false;
-        self.has_unread = false;
-        self.undecided.clear();
-    }
-
-    /// There is an end: a closer look would show nothing more.
-    fn is_decided(&self) -> bool {
-        self.inconclusive.is_some() || !self.has_unread
-    }
-
-    /// Whether a batch that shows no marker may be the one.
-    fn is_for(&self, listed: &Listed) -> bool {
-        !listed.is_anothers(&self.key, self.since)
-    }
-
-    fn is_worth_reading(&self, listed: &Listed, depth: Depth) -> bool {
-        match depth {
-            Depth::Plausible => self.is_for(listed),
-            Depth::All => listed.is_worth_reading(&self.key, self.since),
-        }
-    }
-
-    /// The list says of a batch what a submit answers.
-    fn adopt(self, raw: &RawValue) {
-        let answer = Answer::read(raw.to_owned());
-        self.tell(answer.map(Seen::Batch).map_err(|reason| Arc::new(Error::unreadable(&reason))));
-    }
-
-    fn not_found(mut self) {
-        let undecided = std::mem::take(&mut self.undecided);
-        let looked = match self.inconclusive.take() {
-            Some(error) => Err(error),
-            None if undecided.is_empty() => Ok(Seen::Absent),
-            None => Ok(Seen::Undecided(undecided)),
-        };
-        self.tell(looked);
-    }
-
-    fn doubt(&mut self, listed: &Listed, why: &str) {
-        if self.undecided.len() < MOST_CANDIDATES {
-            let (batch_id, why) = (listed.id.clone(), why.to_owned());
-            self.undecided.push(Candidate { batch_id, why });
-        } else {
-            // Those that are not named may be the one.
-            let why = format!("more than {MOST_CANDIDATES} batches may be the one");
-            self.inconclusive = Some(Arc::new(Error::unreadable(&why)));
-        }
-    }
-
-    fn tell(self, looked: Looked) {
-        // Whoever has stopped looking need not know.
-        drop(self.tell.send(looked));
-    }
 }
 
 /// The newest batches whose marker is known. It never changes.
@@ -403,28 +306,6 @@ impl Finder {
     }
 }
 
-/// In what order the list has come so far.
-#[derive(Default)]
-struct Order {
-    newest: Option<i64>,
-    last: Option<i64>,
-    is_broken: bool,
-}
-
-impl Order {
-    fn note(&mut self, listed: &Listed) {
-        let Some(created) = listed.created_at() else { return };
-        self.newest = self.newest.max(Some(created));
-        self.is_broken |= self.last.is_some_and(|last| created > last + DISORDER);
-        self.last = Some(created);
-    }
-
-    /// One time alone tells of no order.
-    fn is_newest_first(&self) -> bool {
-        !self.is_broken && self.newest > self.last
-    }
-}
-
 /// What can be seen of one batch.
 enum Sight {
     Shown(Shown),
@@ -455,20 +336,8 @@ fn hash(marker: &str) -> u64 {
     hasher.finish()
 }
 
-/// The second, by the vendor's clock, from which on the batch can have been created.
-fn first_second(headers: &HeaderMap, age: Duration) -> i64 {
-    let date = headers.get(DATE).and_then(|value| value.to_str().ok());
-    let date = date.and_then(|date| httpdate::parse_http_date(date).ok());
-    // One that is ahead would hide the batch.
-    let now = date.map_or_else(SystemTime::now, |date| date.min(SystemTime::now()));
-    let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.saturating_sub(age).saturating_sub(SLACK).as_secs()).unwrap_or(i64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
-    use reqwest::header::HeaderValue;
-
     use super::*;
     use crate::elevenlabs::Settings;
 
@@ -495,16 +364,5 @@ mod tests {
         }
         assert!(!is_others("b", "c-1"), "the oldest are forgotten");
         assert_eq!(finder.known().by_batch.len(), REMEMBERED);
-    }
-
-    #[test]
-    fn the_list_is_read_back_to_before_the_first_attempt_by_the_vendors_clock() {
-        let mut headers = HeaderMap::new();
-        headers.insert(DATE, HeaderValue::from_static("Thu, 01 Jan 1970 02:00:00 GMT"));
-        assert_eq!(first_second(&headers, Duration::from_secs(60)), 3600 - 60);
-        assert_eq!(first_second(&headers, Duration::MAX), 0);
-        let by_our_clock = first_second(&HeaderMap::new(), Duration::ZERO);
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        assert!(i64::try_from(now).unwrap() - by_our_clock >= 3600);
     }
 }
