@@ -52,8 +52,8 @@ pub(super) enum Depth {
 }
 
 impl Look {
-    pub(super) fn begin(&mut self, since: i64) {
-        self.since = since;
+    /// Before each reading: nothing of an earlier one may end it.
+    pub(super) fn begin(&mut self) {
         self.is_past = false;
         self.has_unread = false;
         self.undecided.clear();

@@ -164,13 +164,13 @@ impl Finder {
             }
             looks.extract_if(.., |look| look.is_decided()).for_each(Look::not_found);
         }
-        looks.into_iter().for_each(Look::not_found);
     }
 
     /// Reads the list page by page. The looks that have found theirs leave.
     async fn read(&self, looks: &mut Vec<Look>, agent_id: &str, depth: Depth) -> Result<(), Error> {
         let mut cursor: Option<String> = None;
         let mut order = Order::default();
+        looks.iter_mut().for_each(Look::begin);
         for _ in 0..MAX_PAGES {
             looks.retain(|look| !look.tell.is_closed());
             if looks.iter().all(|look| look.is_past) {
@@ -179,7 +179,7 @@ impl Finder {
             let (text, headers) = self.vendor.list(agent_id, cursor.as_deref()).await?;
             if cursor.is_none() {
                 for look in looks.iter_mut() {
-                    look.begin(first_second(&headers, (look.age)()));
+                    look.since = first_second(&headers, (look.age)());
                 }
             }
             let page: Page<'_> = serde_json::from_str(&text)

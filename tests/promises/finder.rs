@@ -88,6 +88,29 @@ async fn a_list_in_another_order_is_read_to_its_end() {
 }
 
 #[tokio::test]
+async fn a_batch_whose_name_was_changed_is_found_though_the_list_goes_on_to_old_ones() {
+    let vendor = Vendor::start().await;
+    for n in 0..100 {
+        submit(&vendor, &format!("m-{n}")).await;
+    }
+    let newest = submit(&vendor, "m-100").await.batch_id;
+    vendor.sandbox.distort(|route, page| {
+        let is_first = page["has_more"] == json!(true);
+        let batches = page["batch_calls"].as_array_mut().filter(|_| route == Route::List);
+        for batch in batches.into_iter().flatten() {
+            if is_first {
+                batch["name"] = json!("Another");
+            } else {
+                batch["created_at_unix"] = json!(1_600_000_000);
+            }
+        }
+    });
+    let finder = Arc::new(Finder::new(vendor.client.clone()));
+    let found = finder.look(&lost("m-100"), || Duration::from_secs(60)).await;
+    assert_eq!(batch(found.unwrap()), Some(newest));
+}
+
+#[tokio::test]
 async fn more_batches_that_may_be_the_one_than_are_named_prove_nothing() {
     let vendor = Vendor::start().await;
     for n in 0..=100 {
