@@ -59,11 +59,11 @@ pub enum PublishError {
         exchange: String,
     },
     /// No confirm came.
-    #[error("the broker did not confirm the message within {} s", CONFIRM_LIMIT.as_secs())]
-    Silent,
-    /// No confirm of a reply came.
-    #[error("the broker did not confirm the reply within {} s", REPLY_LIMIT.as_secs())]
-    NoReply,
+    #[error("the broker did not confirm the message within {} s", limit.as_secs())]
+    Silent {
+        /// How long it was waited for.
+        limit: Duration,
+    },
     /// The channel or connection is gone.
     #[error("the message could not be published")]
     Connection(#[from] lapin::Error),
@@ -147,7 +147,7 @@ impl Publisher {
             let blocked = self.is_blocked();
             // One more limit after the alarm: what waited for it has only just left.
             if ended.is_ok() || !(blocked || was_blocked) || since.elapsed() >= ALARM_LIMIT {
-                return match ended.map_err(|_| PublishError::Silent)?? {
+                return match ended.map_err(|_| PublishError::Silent { limit: CONFIRM_LIMIT })?? {
                     Confirmation::Ack(None) => Ok(Routed::Somewhere),
                     Confirmation::Ack(Some(_)) => Ok(Routed::Nowhere),
                     Confirmation::Nack(_) | Confirmation::NotRequested => {
@@ -194,7 +194,7 @@ impl Publisher {
         let body = event.body();
         let alone = self.alone(&self.turn_reply, "", queue, &body, properties(event));
         let delivered = timeout(REPLY_LIMIT, self.patiently(alone)).await;
-        let reason = match delivered.unwrap_or(Err(PublishError::NoReply)) {
+        let reason = match delivered.unwrap_or(Err(PublishError::Silent { limit: REPLY_LIMIT })) {
             Ok(Routed::Somewhere) => return,
             Ok(Routed::Nowhere) => "no queue has the name in reply_to".to_owned(),
             Err(PublishError::Refused) => "the reply_to queue is full and refuses it".to_owned(),

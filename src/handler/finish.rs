@@ -124,9 +124,7 @@ impl Handler {
             warn!(command_id, error = chain(&error), "it will be cancelled once more");
         }
     }
-}
 
-impl Handler {
     /// Whether a batch may go on calling people, as far as anybody can see.
     async fn still_calls(&self, batch: &BatchId) -> bool {
         match self.vendor.get(batch).await {

@@ -3,10 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::handler::submit;
-use crate::ledger::MONTH;
-use crate::support::vendor::Vendor;
-use crate::support::{LIMIT, until};
 use call_manager::domain::Earlier;
 use call_manager::domain::command::{CommandKind, CommandMessage};
 use call_manager::domain::result::ResultEvent;
@@ -14,6 +10,11 @@ use call_manager::handler::{Handled, Handler, Stopping, Timing, Unpublished};
 use call_manager::ledger::{Found, Ledger, Location, Settings};
 use call_manager::retry::Policy;
 use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Reply, Route};
+
+use crate::handler::submit;
+use crate::ledger::MONTH;
+use crate::support::vendor::Vendor;
+use crate::support::{LIMIT, until};
 
 const QUICK: Duration = Duration::from_millis(200);
 

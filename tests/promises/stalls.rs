@@ -10,25 +10,46 @@ use tempfile::TempDir;
 use crate::process::Process;
 use crate::support::{World, submit_body, until, with_id};
 
-/// A library that makes the calls stall which reach the disk.
-fn library(folder: &TempDir) -> PathBuf {
-    let library = folder.path().join("stall.so");
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/promises/support/stall.c");
-    let mut compiler = Command::new("cc");
-    compiler.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).arg("-ldl");
-    assert!(compiler.status().expect("a C compiler: SQLite is built by it").success());
-    library
+/// A disk that a test can make stall, for the workers that are started with it.
+struct Disk {
+    /// Gone with it.
+    _folder: TempDir,
+    library: PathBuf,
+    /// The disk stalls while this file is there.
+    flag: PathBuf,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (library, flag) = (folder.path().join("stall.so"), folder.path().join("stalls"));
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/promises/support/stall.c");
+        let mut compiler = Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).arg("-ldl");
+        assert!(compiler.status().expect("a C compiler: SQLite is built by it").success());
+        Self { _folder: folder, library, flag }
+    }
+
+    fn environment(&self) -> [(&str, &str); 2] {
+        let (library, flag) = (self.library.to_str().unwrap(), self.flag.to_str().unwrap());
+        [("LD_PRELOAD", library), ("STALL_WHILE", flag)]
+    }
+
+    fn stall(&self) {
+        std::fs::write(&self.flag, "").unwrap();
+    }
+
+    fn go_on(&self) {
+        std::fs::remove_file(&self.flag).unwrap();
+    }
 }
 
 #[tokio::test]
 async fn a_disk_that_stalls_from_the_start_on_hides_neither_health_nor_a_stop() {
-    let folder = tempfile::tempdir().unwrap();
-    let (library, flag) = (library(&folder), folder.path().join("stalls"));
-    let (library, stalls) = (library.to_str().unwrap(), flag.to_str().unwrap());
-    let stalling = [("LD_PRELOAD", library), ("STALL_WHILE", stalls)];
+    let disk = Disk::new();
     let world = World::without_worker().await;
-    std::fs::write(&flag, "").unwrap();
-    let worker = Process::start(&world, &world.ledger_url(), &stalling);
+    disk.stall();
+    let worker = Process::start(&world, &world.ledger_url(), &disk.environment());
     worker.until_logged("/health/ready").await;
     until("readiness says so", async || worker.ready().await.1.contains("being opened")).await;
     worker.stop().await;
@@ -37,17 +58,14 @@ async fn a_disk_that_stalls_from_the_start_on_hides_neither_health_nor_a_stop() 
 
 #[tokio::test]
 async fn a_disk_that_stalls_is_told_and_waited_for_and_a_stop_works() {
-    let folder = tempfile::tempdir().unwrap();
-    let (library, flag) = (library(&folder), folder.path().join("stalls"));
-    let (library, stalls) = (library.to_str().unwrap(), flag.to_str().unwrap());
-    let stalling = [("LD_PRELOAD", library), ("STALL_WHILE", stalls)];
+    let disk = Disk::new();
     let mut world = World::without_worker().await;
-    let worker = Process::consuming(&world, &world.ledger_url(), &stalling).await;
+    let worker = Process::consuming(&world, &world.ledger_url(), &disk.environment()).await;
     let body = submit_body().to_string();
     world.publish(CommandKind::Submit, body.as_bytes(), with_id("first")).await;
     assert_eq!(world.next_result().await.code(), "200");
 
-    std::fs::write(&flag, "").unwrap();
+    disk.stall();
     let since = Instant::now();
     for n in 0..10 {
         world.publish(CommandKind::Submit, body.as_bytes(), with_id(&format!("m-{n}"))).await;
@@ -62,8 +80,8 @@ async fn a_disk_that_stalls_is_told_and_waited_for_and_a_stop_works() {
     let stopping = Instant::now();
     worker.stop().await;
     assert!(stopping.elapsed().as_secs() < 25, "{:?}", stopping.elapsed());
-    std::fs::remove_file(&flag).unwrap();
-    let worker = Process::consuming(&world, &world.ledger_url(), &stalling).await;
+    disk.go_on();
+    let worker = Process::consuming(&world, &world.ledger_url(), &disk.environment()).await;
     for _ in 0..10 {
         assert_eq!(world.next_result().await.code(), "200");
     }
