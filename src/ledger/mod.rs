@@ -35,7 +35,7 @@ use crate::domain::result::Ending;
 
 use group::{Job, Request, Serving};
 use lease::{Holding, Since};
-use op::{Dispatch, Finished, Op, Reply, Yours};
+use op::{Dispatch, Finished, Op, Reply, Sentence, Yours};
 use row::Millis;
 use store::{Answer, Question, Store, StoreError};
 
@@ -48,6 +48,9 @@ const WAITING: usize = 1024;
 
 /// The limit on every operation: a disk or a server that stalls must not keep commands in hand.
 const LIMIT: Duration = Duration::from_secs(10);
+
+/// A row that changes this often while its submit is given up is in somebody's hand.
+const CONDEMN_TURNS: usize = 4;
 
 /// How long a cancel of a submit that nobody has claimed keeps it from being begun: the two are in
 /// different queues, and either may come first.
@@ -286,21 +289,24 @@ impl Ledger {
     ) -> Result<Found, Unavailable> {
         let command_id: Arc<str> = command_id.into();
         let Ok(_holding) = self.enter(&command_id) else { return Ok(Found::InHand) };
-        let mut ending = None;
-        loop {
-            let op = Op::Condemn { worker: self.0.worker, body, doubt, ending: ending.take() };
+        let mut sentence = None;
+        for _ in 0..CONDEMN_TURNS {
+            let op = Op::Condemn { worker: self.0.worker, body, doubt, sentence: sentence.take() };
             return Ok(match self.0.ask(&command_id, op).await? {
                 Reply::InHand { .. } => Found::InHand,
                 Reply::Settled(finished) => Found::Settled(read(finished)?),
                 Reply::Conflict => Found::Conflict,
                 Reply::Yours(Yours { history, attempts, .. }) => {
-                    let json = serde_json::to_string(&ending_of(attempts, history.is_some()));
-                    ending = Some(json.map_err(StoreError::Ending)?.into());
+                    let begun = history.is_some();
+                    let json = serde_json::to_string(&ending_of(attempts, begun));
+                    let ending = json.map_err(StoreError::Ending)?.into();
+                    sentence = Some(Sentence { begun, ending });
                     continue;
                 }
                 _ => return Err(unexpected()),
             });
         }
+        Ok(Found::InHand)
     }
 
     /// The broker has the result of a submit. Nobody waits for it: lost, the result is published twice.

@@ -21,7 +21,7 @@ pub struct Body {
 }
 
 /// Something to do with one row.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
     /// Take it in hand.
     Claim {
@@ -73,8 +73,8 @@ pub enum Op {
         body: Uuid,
         /// The message says that somebody may have begun it, whatever this ledger knows.
         doubt: bool,
-        /// As JSON; `None` only asks what was done for it.
-        ending: Option<Arc<str>>,
+        /// `None` only asks what was done for it.
+        sentence: Option<Sentence>,
     },
     /// See where it stands.
     Find {
@@ -87,8 +87,17 @@ pub enum Op {
     Cancelled,
 }
 
+/// How a submit that is given up ends.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Sentence {
+    /// What it rests on: a request may have left. Recorded only where that is still so.
+    pub begun: bool,
+    /// As JSON.
+    pub ending: Arc<str>,
+}
+
 /// A request that is about to be sent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Dispatch {
     /// How long it takes at most.
     pub takes: Duration,
@@ -97,18 +106,18 @@ pub struct Dispatch {
 }
 
 /// Why a claim is renewed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Purpose {
     /// To keep it.
     Keep,
     /// A request leaves now.
     Request(Dispatch),
-    /// The holder has seen its own request end.
+    /// The holder has seen its own request end: the one that `attempts` counts last.
     Ended,
 }
 
 /// How a submit ended.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct End {
     /// As JSON.
     pub ending: Arc<str>,
@@ -121,7 +130,7 @@ pub struct End {
 /// What came of an [`Op`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
-    /// Claim: the caller has it. Renew: still. Condemn: it could.
+    /// Claim: the caller has it. Renew: still. Condemn: it could, and nothing is recorded.
     Yours(Yours),
     /// Claim, condemn: a live lease of another worker. Find: somebody's.
     InHand {
@@ -199,8 +208,8 @@ impl Op {
             Self::Release { token, may_have_left, attempts } => {
                 release(row, now, *token, *may_have_left, *attempts)
             }
-            Self::Condemn { worker, body, doubt, ending } => {
-                condemn(row, now, (*worker, *body, *doubt), ending.as_ref())
+            Self::Condemn { worker, body, doubt, sentence } => {
+                condemn(row, now, (*worker, *body, *doubt), sentence.as_ref())
             }
             Self::Find { strike } => find(row, now, *strike),
             Self::Published => note(row, |row, settled| {
@@ -288,14 +297,16 @@ fn renew(
         return Reply::Gone;
     }
     hold.lease_until = after(now, lease);
+    let is_last = attempts >= hold.attempts;
     hold.attempts = hold.attempts.max(attempts);
     match purpose {
-        Purpose::Keep => {}
         Purpose::Request(send) => {
             hold.busy_until = after(now, send.takes);
             hold.note_key(send.key);
         }
-        Purpose::Ended => hold.busy_until = now,
+        Purpose::Ended if is_last => hold.busy_until = now,
+        // The end of an earlier request, told late: the next one is under way.
+        Purpose::Ended | Purpose::Keep => {}
     }
     let history = Some(History::of(hold, now));
     let attempts = hold.attempts;
@@ -350,7 +361,7 @@ fn condemn(
     row: &mut Option<Row>,
     now: Millis,
     (asks, body, doubt): (Uuid, Uuid, bool),
-    ending: Option<&Arc<str>>,
+    sentence: Option<&Sentence>,
 ) -> Reply {
     if row.as_ref().and_then(|row| row.body).is_some_and(|known| known != body) {
         return Reply::Conflict;
@@ -375,12 +386,13 @@ fn condemn(
         }
         None | Some(State::Waiting) => doubt.then_some(unknown),
     };
-    let Some(ending) = ending else {
+    let Some(sentence) = sentence.filter(|sentence| sentence.begun == history.is_some()) else {
         return Reply::Yours(Yours { history, attempts, struck: false, origin: None });
     };
     let row = row.get_or_insert_with(|| Row::new(now, State::Waiting));
     (row.body, row.struck_until, row.touched_at) = (Some(body), None, now);
-    let settled = Settled { at: now, ending: Arc::clone(ending), published: false, batch: None };
+    let ending = Arc::clone(&sentence.ending);
+    let settled = Settled { at: now, ending, published: false, batch: None };
     let reply = row.finished(&settled);
     row.state = State::Settled(settled);
     reply

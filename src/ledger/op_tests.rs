@@ -326,6 +326,12 @@ fn every_request_is_over_after_the_longest_time_or_when_its_sender_has_seen_it_e
         span(100 + LEASE - TAKES),
         "keeping is no request"
     );
+    renew_for(1, 1, Purpose::Ended).apply(&mut row, NOW + 425);
+    assert_eq!(
+        quiet(&mut row.clone(), 425 + LEASE),
+        span(125 + LEASE - TAKES),
+        "a late word about the one before"
+    );
     renew_for(1, 2, Purpose::Ended).apply(&mut row, NOW + 450);
     assert_eq!(quiet(&mut row, 450 + LEASE), span(LEASE));
 }
@@ -425,12 +431,14 @@ fn no_span_and_no_time_is_too_long() {
     }
 }
 
-fn condemn_of(body: Uuid, worker: Uuid, doubt: bool, ending: Option<&str>) -> Op {
-    Op::Condemn { worker, body, doubt, ending: ending.map(Into::into) }
+/// `as_seen`: whether it was begun, and how it then ends.
+fn condemn_of(body: Uuid, worker: Uuid, doubt: bool, as_seen: Option<(bool, &str)>) -> Op {
+    let sentence = as_seen.map(|(begun, ending)| Sentence { begun, ending: ending.into() });
+    Op::Condemn { worker, body, doubt, sentence }
 }
 
-fn condemn(worker: Uuid, ending: Option<&str>) -> Op {
-    condemn_of(BODY, worker, false, ending)
+fn condemn(worker: Uuid, as_seen: Option<(bool, &str)>) -> Op {
+    condemn_of(BODY, worker, false, as_seen)
 }
 
 fn begun(reply: &Reply) -> bool {
@@ -449,17 +457,19 @@ fn what_is_condemned_is_executed_by_nobody_whether_or_not_it_was_begun() {
         }
         let mut asked = row.clone();
         assert_eq!(begun(&condemn(BEN, None).apply(&mut asked, NOW + LEASE)), was_begun);
-        assert_eq!(asked, row, "to ask changes nothing");
-        is_settled(&condemn(BEN, Some("x")).apply(&mut row, NOW + LEASE), "x");
+        let otherwise = condemn(BEN, Some((!was_begun, "y")));
+        assert_eq!(begun(&otherwise.apply(&mut asked, NOW + LEASE)), was_begun);
+        assert_eq!(asked, row, "to ask, or to be wrong, changes nothing");
+        is_settled(&condemn(BEN, Some((was_begun, "x"))).apply(&mut row, NOW + LEASE), "x");
         stays_settled(row.as_ref(), LEASE, &claim(ANA, 2), "x");
-        stays_settled(row.as_ref(), LEASE, &condemn(ANA, Some("y")), "x");
+        stays_settled(row.as_ref(), LEASE, &condemn(ANA, Some((was_begun, "y"))), "x");
         stays_settled(row.as_ref(), LEASE, &LOOK, "x");
     }
 }
 
 #[test]
 fn a_condemned_message_with_another_body_gets_neither_the_row_nor_its_result() {
-    let other = condemn_of(OTHER_BODY, BEN, false, Some("x"));
+    let other = condemn_of(OTHER_BODY, BEN, false, Some((true, "x")));
     let mut row = None;
     claim(ANA, 1).apply(&mut row, NOW);
     changes_nothing(row.as_ref(), LEASE, &other, &Reply::Conflict);
@@ -484,7 +494,7 @@ fn what_another_worker_has_in_hand_is_not_condemned() {
     let mut row = None;
     claim(ANA, 1).apply(&mut row, NOW);
     let held = Reply::InHand { remaining: span(1) };
-    changes_nothing(row.as_ref(), LEASE - 1, &condemn(BEN, Some("x")), &held);
+    changes_nothing(row.as_ref(), LEASE - 1, &condemn(BEN, Some((true, "x"))), &held);
     // Its own former claim is not.
-    is_settled(&condemn(ANA, Some("x")).apply(&mut row, NOW), "x");
+    is_settled(&condemn(ANA, Some((true, "x"))).apply(&mut row, NOW), "x");
 }
