@@ -34,6 +34,7 @@ use lapin::types::FieldTable;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
+use support::postgres::Database;
 use support::{World, connect, submit_body, with_id};
 
 const PREFETCH: u16 = 64;
@@ -93,7 +94,11 @@ async fn run(work: Work, commands: usize, who: Who) -> f64 {
         Work::Submit => submit_body().to_string().into_bytes(),
     };
     let (exchange, key) = (world.topology.commands_exchange(), CommandKind::Submit.routing_key());
-    // A database outlives the run: each has ids of its own.
+    // A ledger belongs to one ElevenLabs, and each world has a sandbox of its own.
+    let database = match who {
+        Who::Postgres => Some(Database::create().await),
+        Who::Relay | Who::Memory | Who::Sqlite => None,
+    };
     let run = Uuid::now_v7();
     let mut confirms = Vec::new();
     for n in 0..commands {
@@ -118,13 +123,11 @@ async fn run(work: Work, commands: usize, who: Who) -> f64 {
         )))
     } else {
         let mut settings = world.settings();
-        match who {
-            Who::Relay | Who::Sqlite => {}
-            Who::Memory => settings.ledger.place = LedgerPlace::Memory,
-            Who::Postgres => {
-                let url = std::env::var("POSTGRES_URL").unwrap().into();
-                settings.ledger.place = LedgerPlace::Postgres { url, shown: String::new() };
-            }
+        if who == Who::Memory {
+            settings.ledger.place = LedgerPlace::Memory;
+        } else if let Some(database) = &database {
+            let (url, shown) = (database.url().into(), String::new());
+            settings.ledger.place = LedgerPlace::Postgres { url, shown };
         }
         world.run_worker(settings);
         None
@@ -145,6 +148,9 @@ async fn run(work: Work, commands: usize, who: Who) -> f64 {
         world.channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await.unwrap();
     }
     world.clean_up().await;
+    if let Some(database) = database {
+        database.drop().await;
+    }
     rate
 }
 
