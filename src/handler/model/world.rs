@@ -1,20 +1,18 @@
-//! The world of the model: two workers, a broker, a ledger and ElevenLabs around one submit, and what
-//! each of them can do.
+//! The world of the model: a broker, a ledger and ElevenLabs around one submit, what can befall them,
+//! and what must never be.
 //!
 //! Time is ticks: a request takes at most one, a batch shows in the list one later, a lease lasts two.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::super::step::{Reading, Sight, Standing, Step, Verdict, next, verdict};
-use crate::ledger::op::{Body, Dispatch, End, Op, Purpose, Reply};
-use crate::ledger::row::{Batch, Row};
+use super::work::{Copy, Outcome, Task, Worker};
+use crate::ledger::op::{Op, Reply};
+use crate::ledger::row::Row;
 
-const TICK: Duration = Duration::from_secs(1);
-const LEASE: Duration = Duration::from_secs(2);
+pub const TICK: Duration = Duration::from_secs(1);
 
 /// What keeps a promise. A run may leave one of them out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,12 +21,18 @@ pub enum Rule {
     ProofOfAbsence,
     AbsenceBoundToKey,
     BusyUntil,
+    /// A late word that a request has ended says nothing about the next one.
+    EndedIsOfLast,
     RenewalBeforeSend,
     RecordedBeforePublished,
     Fingerprint,
     StrikeAtClaim,
+    /// A cancel whose strike got no answer may have had its effect.
+    StrikeInDoubt,
     CancelOfStruck,
     MarkOnDeferred,
+    /// A submit is given up only as what it was seen to be.
+    SentenceAsSeen,
     Finisher,
     ReleasedRowKept,
     UnpublishedKept,
@@ -40,6 +44,15 @@ pub struct Faults {
     pub kills: u8,
     /// With SQLite, what a killed worker had in hand is its own at once.
     pub restarts_as_itself: bool,
+    pub stops: u8,
+    /// The broker delivers the message again, and the worker goes on: a connection was lost, or the
+    /// worker was frozen.
+    pub lost_connections: u8,
+    /// The broker has a deferred copy, and the worker does not know.
+    pub lost_confirms: u8,
+    pub condemned: u8,
+    /// An operation of the ledger gets no answer; it is done late, or never.
+    pub stalls: u8,
     pub lost_answers: u8,
     pub refusals: u8,
     pub purges: u8,
@@ -49,60 +62,26 @@ pub struct Faults {
     pub strikes: u8,
 }
 
-/// A message of the submit, or of another one that was given its id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Copy {
-    pub met_row: bool,
-    /// It was delivered before.
-    pub came_back: bool,
-    pub is_other: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Outcome {
-    Succeeded,
-    NotCreated,
-    Unknown,
-}
-
+/// What no worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Phase {
-    Deciding,
-    Waiting,
-    /// To be published, and then acknowledged.
-    Over(Outcome),
-    Published,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[expect(clippy::struct_excessive_bools, reason = "each says one thing of a step")]
-pub struct Task {
-    /// `None`: it finishes what the ledger knows.
-    pub copy: Option<Copy>,
-    pub token: u8,
-    claimed_at: u8,
-    /// The claim covers a request, now.
-    fresh: bool,
-    in_doubt: bool,
-    /// It saw its own request end.
-    ended: bool,
-    pub struck: bool,
-    pub phase: Phase,
-    /// Its result is the row's.
-    of_row: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Worker {
-    pub id: u8,
-    pub key: u8,
-    pub task: Option<Task>,
+pub enum Befall {
+    /// ElevenLabs executes a request.
+    Done(usize),
+    /// An operation that got no answer.
+    Landed(usize),
+    LedgerStalls,
+    LedgerLost,
+    Purge,
+    Redaction,
+    Strike,
+    CancelOfStruck,
+    Forgotten,
 }
 
 /// A request on its way: done, if at all, by then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Sent {
-    pub token: u8,
+    pub token: Uuid,
     pub key: u8,
     pub by: u8,
     pub is_other: bool,
@@ -112,7 +91,7 @@ pub struct Sent {
 pub struct Created {
     pub key: u8,
     pub at: u8,
-    pub token: u8,
+    pub token: Uuid,
     pub is_other: bool,
     pub cancelled: bool,
 }
@@ -122,6 +101,10 @@ pub struct Created {
 pub struct World {
     pub now: u8,
     pub row: Option<Row>,
+    /// Operations that got no answer, and may still be done.
+    pub late: Vec<Op>,
+    /// The next operation gets no answer.
+    pub stalls: bool,
     pub copies: Vec<Copy>,
     pub workers: [Worker; 2],
     pub sent: Vec<Sent>,
@@ -132,11 +115,13 @@ pub struct World {
     pub mixed_up: bool,
     pub claimed: bool,
     pub struck: bool,
+    /// A cancel was told that it had no effect.
+    pub denied: bool,
+    /// The submit ended by a cancel in advance.
+    pub ended_by_strike: bool,
     /// A cancel was told that nobody has begun it, so nobody will.
     pub ruled_out: bool,
     pub ledger_lost: bool,
-    pub tokens: u8,
-    pub ids: u8,
     pub left: Faults,
 }
 
@@ -156,18 +141,6 @@ pub fn id(number: u8) -> Uuid {
     Uuid::from_u128(u128::from(number) + 1)
 }
 
-fn text(outcome: Outcome) -> Arc<str> {
-    format!("{outcome:?}").into()
-}
-
-fn outcome(text: &str) -> Outcome {
-    match text {
-        "Succeeded" => Outcome::Succeeded,
-        "NotCreated" => Outcome::NotCreated,
-        _ => Outcome::Unknown,
-    }
-}
-
 impl World {
     pub fn millis(&self) -> i64 {
         i64::from(self.now) * 1_000
@@ -178,17 +151,21 @@ impl World {
         op.apply(&mut self.row, now)
     }
 
+    /// `None`: no answer comes in time.
+    pub fn ask(&mut self, op: Op) -> Option<Reply> {
+        if std::mem::take(&mut self.stalls) {
+            self.late.push(op);
+            return None;
+        }
+        Some(self.apply(&op))
+    }
+
     pub fn task(&self, worker: usize) -> Option<&Task> {
         self.workers[worker].task.as_ref()
     }
 
-    pub fn dispatch(&self, worker: usize) -> Dispatch {
-        Dispatch { takes: TICK, key: id(self.workers[worker].key) }
-    }
-
     pub fn give_back(&mut self, copy: Copy) {
         self.copies.push(copy);
-        self.copies.sort_unstable();
     }
 
     pub fn is_idle(&self) -> bool {
@@ -205,7 +182,8 @@ impl World {
         let has = |outcome| self.results.contains(&outcome);
         let denies = has(Outcome::NotCreated) && !self.batches.is_empty();
         let boasts = has(Outcome::Succeeded) && self.batches.is_empty();
-        !self.ledger_lost && (denies || boasts) || self.mixed_up
+        let belittles = self.denied && self.ended_by_strike;
+        !self.ledger_lost && (denies || boasts) || self.mixed_up || belittles
     }
 
     /// It was claimed, nobody will answer, and nobody has.
@@ -224,232 +202,69 @@ impl World {
         self.struck && calls && is_over && !will_cancel && !self.ledger_lost
     }
 
-    /// Claims; `None` leaves the message where it is.
-    pub fn claim(&mut self, rules: &Rules, worker: usize, copy: Option<Copy>) -> Option<()> {
-        let token = self.tokens + 1;
-        let is_other = rules.has(Rule::Fingerprint) && copy.is_some_and(|copy| copy.is_other);
-        let fingerprint = id(u8::from(is_other));
-        let body = Body { fingerprint, hash: fingerprint, origin: "{}".into() };
-        // A ledger that took another one's place was not there when the queues were empty.
-        let was_there = !self.ledger_lost;
-        let says_so = |copy: Copy| copy.met_row || copy.came_back && !was_there;
-        let doubt = rules.has(Rule::MarkOnDeferred) && copy.is_some_and(says_so);
-        let op = Op::Claim {
-            body: copy.map(|_| body),
-            token: id(token),
-            worker: id(self.workers[worker].id),
-            lease: LEASE,
-            send: self.dispatch(worker),
-            doubt,
-        };
-        let mut task = Task {
-            copy,
-            token,
-            claimed_at: self.now,
-            fresh: true,
-            in_doubt: false,
-            ended: false,
-            struck: false,
-            phase: Phase::Deciding,
-            of_row: true,
-        };
-        match self.apply(&op) {
-            Reply::Yours(yours) => {
-                (self.claimed, self.tokens) = (true, token);
-                task.in_doubt = yours.history.is_some() && rules.has(Rule::SearchBeforeResend);
-                task.fresh = yours.history.is_none();
-                task.struck = yours.struck && rules.has(Rule::StrikeAtClaim);
-            }
-            Reply::Settled(finished) => task.phase = Phase::Over(outcome(&finished.ending)),
-            Reply::Conflict => {
-                (task.phase, task.of_row) = (Phase::Over(Outcome::NotCreated), false);
-            }
-            Reply::InHand { .. } => {
-                // It waits in a delay queue, and says that it has met a row.
-                self.give_back(Copy { met_row: true, ..copy? });
-                return Some(());
-            }
-            Reply::Gone | Reply::Nobody => return None,
-        }
-        self.workers[worker].task = Some(task);
-        Some(())
-    }
-
-    /// Keeps the submit; returns how long every request has been over, and the keys of all.
-    pub fn renew(&mut self, worker: usize, purpose: Purpose) -> Option<(Duration, Vec<Uuid>)> {
-        let task = self.task(worker)?.clone();
-        let op = Op::Renew { token: id(task.token), lease: LEASE, attempts: 1, purpose };
-        let Reply::Yours(yours) = self.apply(&op) else {
-            // Another has taken it over: the message is claimed anew, or left to the other.
-            if let Some(copy) = task.copy {
-                self.give_back(Copy { met_row: true, ..copy });
-            }
-            self.workers[worker].task = None;
-            return None;
-        };
-        let history = yours.history?;
-        self.workers[worker].task.as_mut()?.struck |= yours.struck;
-        Some((history.quiet, history.keys))
-    }
-
-    pub fn decide(&mut self, rules: &Rules, worker: usize) -> Option<()> {
-        let task = self.task(worker)?.clone();
-        let standing = Standing {
-            in_doubt: task.in_doubt,
-            struck: task.struck,
-            expired: false,
-            has_body: task.copy.is_some(),
-            spent: false,
-        };
-        match next(standing) {
-            Step::Search => self.search(rules, worker),
-            Step::End(_) => self.settle(rules, worker, Outcome::NotCreated),
-            Step::Send => self.send(rules, worker),
-        }
-    }
-
-    pub fn send(&mut self, rules: &Rules, worker: usize) -> Option<()> {
-        let task = self.task(worker)?.clone();
-        let covers = task.fresh && task.claimed_at == self.now;
-        if !covers && rules.has(Rule::RenewalBeforeSend) {
-            let request = Purpose::Request(self.dispatch(worker));
-            if self.renew(worker, request).is_none() {
-                return Some(());
-            }
-            if self.task(worker)?.struck && rules.has(Rule::StrikeAtClaim) {
-                return Some(());
-            }
-        }
-        let (key, by) = (self.workers[worker].key, self.now + 1);
-        let is_other = task.copy?.is_other;
-        self.sent.push(Sent { token: task.token, key, by, is_other });
-        self.sent.sort_unstable();
-        let task = self.workers[worker].task.as_mut()?;
-        (task.phase, task.fresh) = (Phase::Waiting, false);
-        Some(())
-    }
-
-    pub fn search(&mut self, rules: &Rules, worker: usize) -> Option<()> {
-        let ended = std::mem::take(&mut self.workers[worker].task.as_mut()?.ended);
-        let purpose = if ended { Purpose::Ended } else { Purpose::Keep };
-        let Some((quiet, keys)) = self.renew(worker, purpose) else { return Some(()) };
-        let own = self.workers[worker].key;
-        let visible = |batch: &&Created| batch.key == own && batch.at < self.now;
-        let is_there = self.batches.iter().any(|batch| visible(&batch));
-        let sight = match (is_there, self.redacted) {
-            (true, false) => Sight::Batch,
-            (true, true) if rules.has(Rule::ProofOfAbsence) => Sight::Undecided,
-            (true, true) | (false, _) => Sight::Absent,
-        };
-        let reading = Reading {
-            sight,
-            quiet: if rules.has(Rule::BusyUntil) { quiet } else { Duration::MAX },
-            sees_all_keys: !rules.has(Rule::AbsenceBoundToKey)
-                || keys.iter().all(|key| *key == id(own)),
-            has_time: false,
-        };
-        match verdict(reading, TICK) {
-            Verdict::Found => self.settle(rules, worker, Outcome::Succeeded),
-            Verdict::Unknown => self.settle(rules, worker, Outcome::Unknown),
-            Verdict::NotCreated => {
-                self.workers[worker].task.as_mut()?.in_doubt = false;
-                Some(())
-            }
-            Verdict::ReadAgain => Some(()),
-        }
-    }
-
-    pub fn settle(&mut self, rules: &Rules, worker: usize, ended: Outcome) -> Option<()> {
-        let task = self.task(worker)?.clone();
-        if !rules.has(Rule::RecordedBeforePublished) {
-            self.workers[worker].task.as_mut()?.phase = Phase::Over(ended);
-            return Some(());
-        }
-        let key = id(self.workers[worker].key);
-        let batch = (ended == Outcome::Succeeded).then(|| Batch { id: "b".into(), key });
-        let end = End { ending: text(ended), batch, begins_at: None };
-        if let Reply::Settled(finished) = self.apply(&Op::Settle { token: id(task.token), end }) {
-            let ended = outcome(&finished.ending);
-            self.workers[worker].task.as_mut()?.phase = Phase::Over(ended);
-        } else {
-            if let Some(copy) = task.copy {
-                self.give_back(Copy { met_row: true, ..copy });
-            }
-            self.workers[worker].task = None;
-        }
-        Some(())
-    }
-
-    /// ElevenLabs turned it away, and has done nothing: it waits in a delay queue.
-    pub fn refuse(&mut self, rules: &Rules, worker: usize) -> Option<()> {
-        let task = self.workers[worker].task.take()?;
-        self.sent.retain(|sent| sent.token != task.token);
-        let op = Op::Release { token: id(task.token), may_have_left: false, attempts: 1 };
-        self.apply(&op);
-        if !rules.has(Rule::ReleasedRowKept) {
-            self.row = None;
-        }
-        self.give_back(Copy { met_row: true, ..task.copy? });
-        Some(())
-    }
-
-    pub fn lose_answer(&mut self, worker: usize) -> Option<()> {
+    pub fn tick(&mut self) {
+        self.now += 1;
         let now = self.now;
-        let task = self.workers[worker].task.as_mut()?;
-        (task.phase, task.in_doubt, task.ended) = (Phase::Deciding, true, true);
-        // What was given up is done at once, or never.
-        for sent in self.sent.iter_mut().filter(|sent| sent.token == task.token) {
-            sent.by = sent.by.min(now);
-        }
-        Some(())
+        self.sent.retain(|sent| sent.by >= now);
     }
 
-    pub fn publish(&mut self, worker: usize) -> Option<()> {
-        let task = self.workers[worker].task.as_mut()?;
-        let Phase::Over(outcome) = task.phase else { return None };
-        task.phase = Phase::Published;
-        if !task.of_row {
-            return Some(());
-        }
-        self.results.insert(outcome);
-        let own = |copy: Copy| self.batches.iter().any(|batch| batch.is_other == copy.is_other);
-        let is_own = task.copy.is_none_or(own);
-        self.mixed_up |= outcome == Outcome::Succeeded && !is_own;
-        Some(())
-    }
-
-    pub fn acknowledge(&mut self, worker: usize) -> Option<()> {
-        let task = self.workers[worker].task.take()?;
-        if task.of_row {
-            self.apply(&Op::Published);
-        }
-        Some(())
-    }
-
-    pub fn kill(&mut self, worker: usize, changes_key: bool) -> Option<()> {
-        self.left.kills -= 1;
-        let task = self.workers[worker].task.take()?;
-        if let Some(copy) = task.copy {
-            self.give_back(Copy { came_back: true, ..copy });
-        }
-        if !self.left.restarts_as_itself {
-            self.ids += 1;
-            self.workers[worker].id = self.ids;
-        }
-        if changes_key {
-            self.left.changed_keys -= 1;
-            for worker in &mut self.workers {
-                worker.key = 1;
+    /// `None`: it does not come to that.
+    pub fn befall(&mut self, rules: &Rules, befall: Befall) -> Option<()> {
+        match befall {
+            Befall::Done(sent) => {
+                let Sent { key, token, is_other, .. } = self.sent.remove(sent);
+                let at = self.now;
+                self.batches.push(Created { key, at, token, is_other, cancelled: false });
             }
+            Befall::Landed(late) => {
+                let op = self.late.remove(late);
+                self.apply(&op);
+            }
+            Befall::LedgerStalls => {
+                self.left.stalls -= 1;
+                self.stalls = true;
+            }
+            Befall::LedgerLost => {
+                self.left.lost_ledgers -= 1;
+                (self.row, self.ledger_lost) = (None, true);
+                self.late.clear();
+            }
+            Befall::Purge => {
+                self.left.purges -= 1;
+                self.copies.clear();
+            }
+            Befall::Redaction => {
+                self.left.redactions -= 1;
+                self.redacted = true;
+            }
+            Befall::Strike => self.strike(rules),
+            Befall::CancelOfStruck => {
+                self.batches.iter_mut().for_each(|batch| batch.cancelled = true);
+                self.apply(&Op::Cancelled);
+            }
+            Befall::Forgotten => self.forget(rules)?,
         }
         Some(())
     }
 
-    pub fn strike(&mut self) {
+    fn strike(&mut self, rules: &Rules) {
         self.left.strikes -= 1;
         let is_forgotten = self.claimed && self.row.is_none();
-        let reply = self.apply(&Op::Find { strike: Some(TICK * 100) });
+        let Some(reply) = self.ask(Op::Find { strike: Some(TICK * 100) }) else {
+            self.denied = !rules.has(Rule::StrikeInDoubt);
+            return;
+        };
         self.ruled_out = reply == Reply::Nobody && !is_forgotten;
         self.struck = !matches!(reply, Reply::Settled(_)) && !is_forgotten;
+    }
+
+    fn forget(&mut self, rules: &Rules) -> Option<()> {
+        let row = self.row.as_ref()?;
+        let is_kept = row.is_unfinished() && rules.has(Rule::UnpublishedKept);
+        if is_kept || row.is_to_cancel() {
+            return None;
+        }
+        self.row = None;
+        Some(())
     }
 }
