@@ -25,6 +25,10 @@ const FORGET_EVERY: Duration = Duration::from_secs(60);
 /// The same while there is more.
 const FORGET_MORE: Duration = Duration::from_secs(1);
 
+/// How long an operation that nobody waits for may wait for others: a transaction of its own would hold
+/// those up.
+const LINGER: Duration = Duration::from_millis(250);
+
 /// How often a store that failed is tried again while nobody asks anything of it.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
@@ -186,6 +190,31 @@ pub struct Serving<S> {
     pub tried: Instant,
     /// Old rows are removed only once the queues were seen empty: a message may still come back.
     pub may_forget: bool,
+    /// Written with the next that somebody waits for.
+    pub unhurried: Unhurried,
+}
+
+/// Operations that nobody waits for, and when they have to be written at the latest.
+#[derive(Default)]
+pub struct Unhurried {
+    requests: Vec<Request>,
+    write_at: Option<Instant>,
+}
+
+impl Unhurried {
+    fn push(&mut self, request: Request) {
+        self.requests.push(request);
+        self.write_at.get_or_insert_with(|| Instant::now() + LINGER);
+    }
+
+    fn take(&mut self) -> Vec<Request> {
+        self.write_at = None;
+        std::mem::take(&mut self.requests)
+    }
+
+    fn is_due(&self) -> bool {
+        self.requests.len() >= MAX_GROUP || self.write_at.is_some_and(|at| at <= Instant::now())
+    }
 }
 
 impl<S: Store> Serving<S> {
@@ -200,10 +229,15 @@ impl<S: Store> Serving<S> {
             let is_in_trouble = self.trouble.borrow().is_some();
             let try_at = self.tried + if is_in_trouble { TRY_AGAIN } else { TRY_IDLE };
             let until = if self.may_forget { try_at.min(forget_at) } else { try_at };
+            let until = self.unhurried.write_at.map_or(until, |at| until.min(at));
             match timeout_at(until, jobs.recv_many(&mut waiting, MAX_GROUP)).await {
+                Err(_) if self.unhurried.is_due() => self.work(Vec::new()).await,
                 Err(_) if until < try_at => {}
                 Err(_) => self.commit(Group::trial(self.store.worker())).await,
-                Ok(0) => return,
+                Ok(0) => {
+                    self.write(Vec::new()).await;
+                    return;
+                }
                 Ok(_) => self.work(waiting).await,
             }
         }
@@ -214,12 +248,13 @@ impl<S: Store> Serving<S> {
         for job in jobs {
             match job {
                 Job::Change(request) if request.is_given_up() => {}
+                Job::Change(request) if request.reply.is_none() => self.unhurried.push(request),
                 Job::Change(request) => requests.push(request),
                 Job::Ask(question, reply) => questions.push((question, reply)),
             }
         }
-        if !requests.is_empty() {
-            self.commit(Group::new(requests)).await;
+        if !requests.is_empty() || !questions.is_empty() || self.unhurried.is_due() {
+            self.write(requests).await;
         }
         for (question, reply) in questions {
             self.may_forget |= matches!(question, Question::Drained);
@@ -230,6 +265,15 @@ impl<S: Store> Serving<S> {
                 tell(&self.trouble, Some(chain(error)));
             }
             reply.send(answer.map_err(Unavailable::from)).ok();
+        }
+    }
+
+    async fn write(&mut self, requests: Vec<Request>) {
+        // They were asked first.
+        let mut all = self.unhurried.take();
+        all.extend(requests);
+        if !all.is_empty() {
+            self.commit(Group::new(all)).await;
         }
     }
 

@@ -176,7 +176,9 @@ impl Ledger {
         let working = watch::Sender::new(None);
         let watching = group::watch_over(working.subscribe(), Arc::clone(&trouble));
         let (retention, tried, may_forget) = (settings.retention, Instant::now(), false);
-        let work = Serving { store, retention, trouble, working, tried, may_forget }.serve(waiting);
+        let unhurried = group::Unhurried::default();
+        let work = Serving { store, retention, trouble, working, tried, may_forget, unhurried }
+            .serve(waiting);
         // A thread of its own, which the end of the process does not wait for: writing to a file blocks,
         // and a disk that stalls blocks for ever.
         let (runtime, token) = (Handle::current(), serving.token());

@@ -36,6 +36,27 @@ async fn unfinished_submits_are_named_until_their_result_is_published(place: &Pl
     until("one is published", async || named(&ledger).await == expected[..2]).await;
 }
 
+async fn is_published(ledger: &Ledger, id: &str) -> bool {
+    matches!(ledger.take_over(id).await, Ok(Some(Claim::Settled(ended))) if ended.published)
+}
+
+kept_by!(postgres: that_a_result_is_published_is_written_though_nothing_else_is);
+async fn that_a_result_is_published_is_written_though_nothing_else_is(place: &Place) {
+    let (ledger, other) = (place.open().await, place.open().await);
+    settle(&fresh(&ledger, "c-1").await, &created("b-1")).await.unwrap();
+    ledger.published("c-1").await;
+    until("another worker sees it", async || is_published(&other, "c-1").await).await;
+}
+
+kept_by!(sqlite postgres: that_a_result_is_published_is_written_before_the_end);
+async fn that_a_result_is_published_is_written_before_the_end(place: &Place) {
+    let ledger = place.open().await;
+    settle(&fresh(&ledger, "c-1").await, &created("b-1")).await.unwrap();
+    ledger.published("c-1").await;
+    let ledger = place.reopen(ledger).await;
+    assert!(is_published(&ledger, "c-1").await);
+}
+
 kept_by!(sqlite postgres memory: what_is_taken_over_has_all_that_its_claim_kept);
 async fn what_is_taken_over_has_all_that_its_claim_kept(place: &Place) {
     let ledger = place.open().await;
@@ -60,10 +81,7 @@ async fn what_is_taken_over_has_all_that_its_claim_kept(place: &Place) {
     assert!(!ended.published && ended.origin.as_deref() == Some(origin));
     drop(lease);
     ledger.published("c-1").await;
-    until("it is published", async || {
-        matches!(ledger.take_over("c-1").await, Ok(Some(Claim::Settled(ended))) if ended.published)
-    })
-    .await;
+    until("it is published", async || is_published(&ledger, "c-1").await).await;
     assert!(ledger.take_over("nobody").await.unwrap().is_none());
 }
 
