@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
+use crate::crash;
 use crate::domain::Earlier;
 use crate::domain::command::BatchId;
 use crate::domain::result::{Ending, ResultEvent, ResultOf};
@@ -59,6 +60,7 @@ impl Handler {
             return None;
         };
         info!(command_id, "the message of this submit did not come back; finishing it");
+        crash::point(2);
         let earlier = self.earlier_rounds(attempted.as_ref());
         let mut turn = Turn::begin(self.retry, earlier, origin.deadline());
         let execution = Execution::new(self, &origin, None, stopping, lease, &mut turn)

@@ -7,6 +7,7 @@ use futures_util::stream::{self, StreamExt as _};
 use tracing::{info, warn};
 
 use crate::broker::Delay;
+use crate::crash;
 use crate::domain::command::CommandKind;
 use crate::domain::result::ErrorCode;
 use crate::handler::Unpublished;
@@ -57,6 +58,7 @@ impl Worker {
         else {
             return;
         };
+        crash::point(6);
         let event = match publish(link, event).await {
             Ok(event) => event,
             Err(error) => {
@@ -64,6 +66,7 @@ impl Worker {
                 return;
             }
         };
+        crash::point(8);
         if let Some(queue) = &reply_to {
             link.publisher.reply(&event, queue).await;
         }

@@ -59,7 +59,7 @@ fn batches_of(world: &World, id: &str) -> (usize, String) {
 }
 
 /// All results of one submit are the same success, which names the one batch there is.
-fn assert_one_batch(world: &World, id: &str, results: &[Received]) {
+pub fn assert_one_batch(world: &World, id: &str, results: &[Received]) {
     let (batches, batch) = batches_of(world, id);
     assert_eq!(batches, 1, "batches of {id}");
     let first = results.first().expect("a result at least");
@@ -115,8 +115,8 @@ async fn survives(mut world: World, ledger: Ledger, points: &[u8]) -> (usize, us
     came
 }
 
-/// What [`survives`] has to come to for each point.
-fn expected(point: u8, (sent, results): (usize, usize)) {
+/// How often a submit is sent and answered whose worker is killed at a point.
+pub fn expected(point: u8, (sent, results): (usize, usize)) {
     // Only a request that the vendor did not process is sent again.
     assert_eq!(sent, if point == 3 { 2 } else { 1 }, "requests");
     match point {

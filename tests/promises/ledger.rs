@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::support::postgres::Database;
-use super::support::{LIMIT, until};
+use super::support::{LIMIT, World, until};
 
 pub const BODY: Uuid = Uuid::from_u128(1);
 const OTHER_BODY: Uuid = Uuid::from_u128(2);
@@ -51,6 +51,15 @@ impl Place {
             key: KEY,
             retention: MONTH,
             longest_request: LIMIT,
+        }
+    }
+
+    /// The `LEDGER_URL` for the workers of `world`, which has its own file.
+    pub fn url(&self, world: &World) -> String {
+        match self {
+            Self::Sqlite(_) => world.ledger_url(),
+            Self::Postgres(database) => database.url(),
+            Self::Memory => "memory:".to_owned(),
         }
     }
 

@@ -161,8 +161,13 @@ impl Process {
     }
 
     /// Waits for its end, which has to be a SIGKILL.
-    pub async fn killed(mut self) {
-        let status = timeout(LIMIT, self.child.wait()).await;
+    pub async fn killed(self) {
+        self.killed_within(LIMIT).await;
+    }
+
+    /// The same, within another limit.
+    pub async fn killed_within(mut self, limit: Duration) {
+        let status = timeout(limit, self.child.wait()).await;
         let status = status.unwrap_or_else(|_| panic!("it lives:\n{}", self.log())).unwrap();
         assert_eq!(status.signal(), Some(9), "{status}:\n{}", self.log());
     }

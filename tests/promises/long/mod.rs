@@ -1,6 +1,8 @@
 //! The promises whose proof takes longer than 20 seconds: `script/test --all` runs them.
 
 mod cluster;
+#[cfg(feature = "crash-points")]
+mod finisher;
 mod headers;
 mod network;
 mod nodes;

@@ -18,9 +18,9 @@ use crate::support::{Received, World, submit_body, until, with_id};
 const SUBMIT: CommandKind = CommandKind::Submit;
 
 /// The horizon, the longest delay, and a while.
-const FINISHED_WITHIN: Duration = Duration::from_secs(120);
+pub const FINISHED_WITHIN: Duration = Duration::from_secs(120);
 
-const SETTINGS: [(&str, &str); 1] = [("RETRY_HORIZON", "2s")];
+pub const SETTINGS: [(&str, &str); 1] = [("RETRY_HORIZON", "2s")];
 
 /// The submit is still at ElevenLabs, and its cancel still waits for it, when the worker is killed.
 const PATIENT: [(&str, &str); 2] = [("RETRY_HORIZON", "10s"), ("ELEVENLABS_TIMEOUT", "20s")];
@@ -36,7 +36,7 @@ const RETRY: Policy = Policy {
 };
 
 /// Killed while its request is at ElevenLabs; then nothing of its message is left.
-async fn killed_and_purged(world: &World, ledger: &str, processed: bool) {
+pub async fn killed_and_purged(world: &World, ledger: &str, processed: bool) {
     let hangs = Fault::on(Route::Submit, Effect::Hang { processed });
     world.sandbox.order(hangs);
     let worker = Process::consuming(world, ledger, &SETTINGS).await;
@@ -59,10 +59,7 @@ async fn is_answered(store: &str) {
     let place = Place::of(store).await;
     for processed in [true, false] {
         let mut world = World::without_worker().await;
-        let ledger = match &place {
-            Place::Postgres(database) => database.url(),
-            _ => world.ledger_url(),
-        };
+        let ledger = place.url(&world);
         killed_and_purged(&world, &ledger, processed).await;
         let worker = Process::consuming(&world, &ledger, &SETTINGS).await;
         let result = result_of(&mut world).await;
