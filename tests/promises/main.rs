@@ -49,6 +49,7 @@ mod row;
 mod stalls;
 mod start;
 mod stop;
+mod strikes;
 mod support;
 mod tls;
 mod topology;

@@ -11,7 +11,7 @@ use crate::process::Process;
 use crate::support::{World, submit_body, until, with_id};
 
 /// A disk that a test can make stall, for the workers that are started with it.
-struct Disk {
+pub struct Disk {
     /// Gone with it.
     _folder: TempDir,
     library: PathBuf,
@@ -20,7 +20,7 @@ struct Disk {
 }
 
 impl Disk {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (library, flag) = (folder.path().join("stall.so"), folder.path().join("stalls"));
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/promises/support/stall.c");
@@ -30,16 +30,16 @@ impl Disk {
         Self { _folder: folder, library, flag }
     }
 
-    fn environment(&self) -> [(&str, &str); 2] {
+    pub fn environment(&self) -> [(&str, &str); 2] {
         let (library, flag) = (self.library.to_str().unwrap(), self.flag.to_str().unwrap());
         [("LD_PRELOAD", library), ("STALL_WHILE", flag)]
     }
 
-    fn stall(&self) {
+    pub fn stall(&self) {
         std::fs::write(&self.flag, "").unwrap();
     }
 
-    fn go_on(&self) {
+    pub fn go_on(&self) {
         std::fs::remove_file(&self.flag).unwrap();
     }
 }
