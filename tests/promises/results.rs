@@ -1,6 +1,10 @@
 //! Who gets a result, and what travels with it.
 
+use std::time::Duration;
+
+use call_manager::config::Settings;
 use call_manager::domain::command::CommandKind;
+use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
 use futures_util::StreamExt as _;
 use lapin::BasicProperties;
 use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
@@ -75,6 +79,40 @@ async fn the_result_id_is_the_same_for_a_command_that_is_published_again() {
     assert_eq!(ids[0], ids[1]);
     assert_ne!(ids[0], ids[2]);
     world.finish().await;
+}
+
+/// Who drops repeats by `message_id` drops nothing else.
+#[tokio::test]
+async fn a_cancel_that_failed_first_has_another_result_id_when_it_succeeds() {
+    let limited = Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.");
+    for (fault, code) in
+        [(limited, "500 upstream_unavailable"), (Reply::new(503), "500 outcome_unknown")]
+    {
+        let brief = |settings: &mut Settings| settings.retry_horizon = Duration::from_secs(1);
+        let mut world = World::with(brief).await;
+        let cancel = json!({"batch_id": world.submitted().await}).to_string();
+        let fault = Fault::on(Route::Cancel, Effect::Status(fault));
+        world.sandbox.order(fault.until_cleared());
+        world.publish(CommandKind::Cancel, cancel.as_bytes(), with_id("m")).await;
+        let mut results = vec![world.next_result().await];
+        assert_eq!(results[0].code(), code, "{}", results[0].body);
+        world.sandbox.clear_faults();
+        for _ in 0..3 {
+            world.publish(CommandKind::Cancel, cancel.as_bytes(), with_id("m")).await;
+            results.push(world.next_result().await);
+        }
+        assert!(results[1..].iter().all(|result| result.code() == "200"));
+        for one in &results {
+            for other in &results {
+                let (ids, bodies) =
+                    (one.message_id() == other.message_id(), one.body == other.body);
+                assert_eq!(ids, bodies, "{}\n{}", one.body, other.body);
+            }
+        }
+        assert_ne!(results[0].message_id(), results[1].message_id());
+        results[2].assert_repeats(&results[3]);
+        world.finish().await;
+    }
 }
 
 #[tokio::test]
