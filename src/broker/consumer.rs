@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::domain::command::{CommandKind, CommandMessage};
+use crate::domain::misspelt;
 
 use super::headers::{
     earlier, expires_at, header, is_of_one_delivery, number, present, shown, text,
@@ -172,6 +173,8 @@ impl Delivery {
         let count = header("x-delivery-count").filter(|_| received.redelivered);
         let redeliveries = count.and_then(number).unwrap_or_default();
         let earlier = earlier(&received, queue, topology);
+        let headers = properties.headers().iter().flat_map(FieldTable::inner);
+        let misspelt_header = headers.map(|(name, _)| name.as_str()).find_map(misspelt);
         let message = CommandMessage {
             queue,
             // Through the default exchange the routing key is the queue's name.
@@ -185,6 +188,7 @@ impl Delivery {
             tracestate: trace("tracestate", TRACESTATE_BYTES),
             reply_to: present(properties.reply_to().as_ref()),
             not_after: header("not_after").and_then(shown),
+            misspelt_header,
             redeliveries: u32::try_from(redeliveries.max(0)).unwrap_or(u32::MAX),
             // A copy has no `expiration` of its own.
             expires_at: earlier.expires_at.or_else(|| expires_at(properties, SystemTime::now())),

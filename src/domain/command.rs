@@ -100,6 +100,8 @@ pub struct CommandMessage {
     pub reply_to: Option<String>,
     /// The header `not_after`: Unix seconds, past which the command is not worth doing.
     pub not_after: Option<String>,
+    /// What is wrong with the name of one of its headers.
+    pub misspelt_header: Option<String>,
     /// From the property `expiration`: when the message would have been dropped, had it stayed in its
     /// queue. It is not begun later.
     pub expires_at: Option<SystemTime>,
@@ -152,6 +154,9 @@ impl CommandMessage {
         }
         self.check_ids()?;
         self.check_encoding()?;
+        if let Some(wrong) = &self.misspelt_header {
+            return Err(Rejection::of(wrong.clone()));
+        }
         self.deadline()?;
         Command::parse(self.kind(), &self.body)
     }

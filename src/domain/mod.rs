@@ -4,11 +4,13 @@ mod canonical;
 pub mod command;
 mod earlier;
 pub mod result;
+mod spelling;
 mod validation;
 
 use uuid::Uuid;
 
 pub use earlier::Earlier;
+pub use spelling::misspelt;
 pub use validation::{Rejection, excerpt, printable};
 
 /// The first half of a hash, as the id that ledgers keep.

@@ -87,6 +87,25 @@ async fn a_header_that_is_no_time_is_refused_with_a_sentence() {
 }
 
 #[tokio::test]
+async fn a_header_that_is_misspelt_is_refused_and_not_overlooked() {
+    let mut world = World::start().await;
+    for (name, said) in [
+        ("not-after", "name it not_after"),
+        ("X-NOT-AFTER", "name it not_after"),
+        ("trace_state", "name it tracestate"),
+        ("x-amqp-1.0-app-properties", "publish by AMQP 0-9-1"),
+    ] {
+        let mut headers = FieldTable::default();
+        headers.insert(name.into(), AMQPValue::LongLongInt(seconds_from_now(-60)));
+        submit(&world, with_id("m").with_headers(headers)).await;
+        let result = world.next_result().await;
+        assert_eq!(result.code(), "400 invalid_command", "{name}");
+        assert!(result.error().contains(said), "{}", result.error());
+    }
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn the_time_is_looked_at_before_each_attempt() {
     let mut world = World::start().await;
     let limited = Effect::Status(
