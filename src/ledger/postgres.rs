@@ -42,10 +42,12 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// hang with it.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// For the server: a worker that froze in a transaction must not hold up the others for long.
+/// For the server: a worker that froze in a transaction must not hold up the others for long. And a
+/// table that has grown since the statements were planned must not be read as a whole each time.
 const SESSION: &str = "SET idle_in_transaction_session_timeout = '5s'; \
      SET lock_timeout = '5s'; SET statement_timeout = '8s'; \
      SET default_transaction_isolation = 'read committed'; \
+     SET enable_seqscan = off; \
      SELECT set_config('synchronous_commit', 'on', false) \
      WHERE current_setting('synchronous_commit') = 'off'";
 
