@@ -62,11 +62,12 @@ struct Shared {
     readiness: Readiness,
     /// Commands in hand, of this generation and of earlier ones whose requests still run.
     in_hand: TaskTracker,
+    /// The commands among it.
+    commands: [TaskTracker; CommandKind::ALL.len()],
     /// Prefetch bounds what one generation receives; these bound what all of them execute. One
     /// per queue, so that a cancel never waits behind submits.
     permits: [Arc<Semaphore>; CommandKind::ALL.len()],
     suspects: Suspects,
-    prefetch: usize,
     /// Cancelled when the grace period is over.
     now: CancellationToken,
 }
@@ -106,9 +107,9 @@ impl Worker {
                 handler,
                 readiness,
                 in_hand: TaskTracker::new(),
+                commands: CommandKind::ALL.map(|_| TaskTracker::new()),
                 permits: CommandKind::ALL.map(|_| Arc::new(Semaphore::new(permits))),
                 suspects: Suspects::default(),
-                prefetch: permits,
                 now: CancellationToken::new(),
             }),
             grace,
@@ -234,7 +235,11 @@ impl Worker {
         loop {
             tokio::time::sleep(PULSE).await;
             let is_idle = began.elapsed() >= LIMBO && self.is_idle(CommandKind::Submit);
-            if is_idle && !was_drained && pulse.waiting_submits().await == Ok(0) {
+            if is_idle
+                && !was_drained
+                && pulse.waiting_submits().await == Ok(0)
+                && self.is_idle(CommandKind::Submit)
+            {
                 self.shared.handler.note_drained().await;
                 was_drained = true;
             }
@@ -286,8 +291,7 @@ impl Worker {
             let mut idle = 0;
             while idle < 2 && since.elapsed() < CANCELS_FIRST {
                 match pulse.ready(kind).await {
-                    // With one permit alone, nobody can tell, and the time decides.
-                    Ok(0) if self.shared.prefetch == 1 || self.is_idle(kind) => idle += 1,
+                    Ok(0) if self.is_idle(kind) => idle += 1,
                     Ok(_) => idle = 0,
                     Err(reason) => return reason,
                 }
@@ -297,10 +301,9 @@ impl Worker {
         }
     }
 
-    /// Whether no such command is in hand. The lane holds one permit for the delivery that it waits for.
+    /// Whether no such command is in hand.
     fn is_idle(&self, kind: CommandKind) -> bool {
-        let held = self.shared.prefetch - self.shared.permits[kind as usize].available_permits();
-        self.shared.prefetch > 1 && held <= 1
+        self.shared.commands[kind as usize].is_empty()
     }
 
     /// Tells whoever asks why nothing is taken.
@@ -376,14 +379,16 @@ impl Worker {
                 (Ok(delivery), Ok(permit)) => {
                     let settled = settle(Arc::clone(&self.shared), delivery, link.clone(), permit);
                     let lost = link.lost.clone();
-                    self.shared.in_hand.spawn(async move {
-                        if AssertUnwindSafe(settled).catch_unwind().await.is_err() {
-                            error!(
-                                "a command's task panicked; the command will be delivered again"
-                            );
-                            lost.cancel();
-                        }
-                    });
+                    let command =
+                        self.shared.commands[lane.kind as usize].track_future(async move {
+                            if AssertUnwindSafe(settled).catch_unwind().await.is_err() {
+                                error!(
+                                    "a command's task panicked; the command will be delivered again"
+                                );
+                                lost.cancel();
+                            }
+                        });
+                    self.shared.in_hand.spawn(command);
                 }
                 (Err(reason), _) => {
                     link.lost.cancel();

@@ -1,6 +1,7 @@
 //! The promises whose proof takes longer than 20 seconds: `script/test --all` runs them.
 
 mod cluster;
+mod drained;
 mod expiration;
 #[cfg(feature = "crash-points")]
 mod finisher;
