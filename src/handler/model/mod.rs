@@ -286,7 +286,7 @@ fn nor_by_a_ledger_that_answers_late_or_never() {
         (Faults { stalls: 1, kills: 1, ..none }, &[SUBMIT]),
         (Faults { stalls: 2, ..none }, &[SUBMIT]),
         (Faults { stalls: 1, stops: 1, purges: 1, ..none }, &[SUBMIT]),
-        (Faults { stalls: 1, strikes: 1, lost_answers: 1, ..none }, &[SUBMIT]),
+        (Faults { stalls: 1, strikes: 1, ..none }, &[SUBMIT]),
         (Faults { stalls: 1, lost_answers: 1, refusals: 1, ..none }, &[SUBMIT]),
         (Faults { stalls: 1, lost_connections: 1, ..none }, &[SUBMIT]),
     ]);
