@@ -13,13 +13,15 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use futures_util::future::join_all;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-use crate::broker::{self, Change, Deferral, Events, Generation, Lane, PULSE, Publisher, Pulse};
+use crate::broker::{
+    self, Change, Deferral, Delivery, Events, Generation, Lane, PULSE, Publisher, Pulse,
+};
 use crate::domain::command::CommandKind;
 use crate::handler::{Handler, Stopping};
 use crate::health::{Part, Readiness};
@@ -234,12 +236,8 @@ impl Worker {
         link.note_confirm();
         loop {
             tokio::time::sleep(PULSE).await;
-            let is_idle = began.elapsed() >= LIMBO && self.is_idle(CommandKind::Submit);
-            if is_idle
-                && !was_drained
-                && pulse.waiting_submits().await == Ok(0)
-                && self.is_idle(CommandKind::Submit)
-            {
+            let may_be_drained = !was_drained && began.elapsed() >= LIMBO;
+            if may_be_drained && self.no_submit_waits(pulse).await {
                 self.shared.handler.note_drained().await;
                 was_drained = true;
             }
@@ -258,6 +256,13 @@ impl Worker {
                 Err(reason) => return reason,
             }
         }
+    }
+
+    /// Whether no submit is in this worker's hands or in a queue.
+    async fn no_submit_waits(&self, pulse: &Pulse) -> bool {
+        let is_idle = || self.is_idle(CommandKind::Submit);
+        // Asked twice: one may have been delivered while the broker was asked.
+        is_idle() && pulse.waiting_submits().await == Ok(0) && is_idle()
     }
 
     /// Tells of what is deferred and does not come back; in the log once.
@@ -376,20 +381,7 @@ impl Worker {
                 () = link.lost.cancelled() => return None,
             };
             match (delivery, permit) {
-                (Ok(delivery), Ok(permit)) => {
-                    let settled = settle(Arc::clone(&self.shared), delivery, link.clone(), permit);
-                    let lost = link.lost.clone();
-                    let command =
-                        self.shared.commands[lane.kind as usize].track_future(async move {
-                            if AssertUnwindSafe(settled).catch_unwind().await.is_err() {
-                                error!(
-                                    "a command's task panicked; the command will be delivered again"
-                                );
-                                lost.cancel();
-                            }
-                        });
-                    self.shared.in_hand.spawn(command);
-                }
+                (Ok(delivery), Ok(permit)) => self.execute(lane.kind, delivery, link, permit),
                 (Err(reason), _) => {
                     link.lost.cancel();
                     return Some(reason);
@@ -400,6 +392,26 @@ impl Worker {
         self.shared.readiness.wrong(Part::Worker, "stopping");
         lane.stop().await;
         None
+    }
+
+    /// Executes and settles a command, in a task of its own.
+    fn execute(
+        &self,
+        kind: CommandKind,
+        delivery: Delivery,
+        link: &Link,
+        permit: OwnedSemaphorePermit,
+    ) {
+        let settled = settle(Arc::clone(&self.shared), delivery, link.clone(), permit);
+        let lost = link.lost.clone();
+        let command = async move {
+            if AssertUnwindSafe(settled).catch_unwind().await.is_err() {
+                error!("a command's task panicked; the command will be delivered again");
+                lost.cancel();
+            }
+        };
+        let tracked = self.shared.commands[kind as usize].track_future(command);
+        self.shared.in_hand.spawn(tracked);
     }
 
     /// Waits for what is in hand as long as the grace period allows, then cuts it off.
