@@ -230,8 +230,10 @@ impl<S: Store> Serving<S> {
             let try_at = self.tried + if is_in_trouble { TRY_AGAIN } else { TRY_IDLE };
             let until = if self.may_forget { try_at.min(forget_at) } else { try_at };
             let until = self.unhurried.write_at.map_or(until, |at| until.min(at));
-            match timeout_at(until, jobs.recv_many(&mut waiting, MAX_GROUP)).await {
-                Err(_) if self.unhurried.is_due() => self.work(Vec::new()).await,
+            // What is due by its number was written, so there is room for one at least.
+            let room = MAX_GROUP - self.unhurried.requests.len();
+            match timeout_at(until, jobs.recv_many(&mut waiting, room)).await {
+                Err(_) if self.unhurried.is_due() => self.write(Vec::new()).await,
                 Err(_) if until < try_at => {}
                 Err(_) => self.commit(Group::trial(self.store.worker())).await,
                 Ok(0) => {

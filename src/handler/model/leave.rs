@@ -3,7 +3,6 @@
 use super::names::NEW;
 use super::work::{Copy, Outcome, Phase, Task};
 use super::world::World;
-
 use crate::ledger::op::Op;
 
 impl World {
