@@ -17,15 +17,19 @@ pub fn misspelt(name: &str) -> Option<String> {
                 .to_owned(),
         );
     }
-    let read = READ.into_iter().find(|read| *read != name && bare(read) == bare(name))?;
+    let read = READ.into_iter().find(|read| *read != name && bare(read).eq(bare(name)))?;
     Some(format!("the header \"{}\" is not read; name it {read}, or leave it out", excerpt(name)))
 }
 
 /// Without what people vary.
-fn bare(name: &str) -> String {
-    let lower = name.trim().to_ascii_lowercase();
-    let unprefixed = ["x-", "x_"].into_iter().find_map(|prefix| lower.strip_prefix(prefix));
-    unprefixed.unwrap_or(&lower).replace(['-', '_'], "")
+fn bare(name: &str) -> impl Iterator<Item = char> {
+    let name = name.trim();
+    let unprefixed = match name.split_at_checked(2) {
+        Some(("x-" | "x_" | "X-" | "X_", rest)) => rest,
+        _ => name,
+    };
+    let letters = unprefixed.chars().filter(|letter| !matches!(letter, '-' | '_'));
+    letters.map(|letter| letter.to_ascii_lowercase())
 }
 
 #[cfg(test)]
