@@ -115,13 +115,3 @@ pub async fn until_memory_is_back(worker: &Process, before: u64) {
     assert!(in_time, "{before} kB before, and {after} kB {MEMORY_IS_BACK:?} after");
     eprintln!("{before} kB before, {after} kB after");
 }
-
-/// Waits for a condition longer than [`until`](crate::support::until) does.
-pub async fn until_within(limit: Duration, what: &str, condition: impl AsyncFn() -> bool) {
-    let waiting = async {
-        while !condition().await {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(limit, waiting).await.unwrap_or_else(|_| panic!("not within {limit:?}: {what}"));
-}

@@ -6,12 +6,13 @@ use std::time::Duration;
 use elevenlabs_sandbox::{Effect, Fault, Route};
 use futures_util::future::join_all;
 
-use crate::load::{Load, until_memory_is_back, until_within};
+use crate::load::{Load, until_memory_is_back};
 use crate::process::Process;
 use crate::support::proxy::frames::{
     CHANNEL_CLOSE, CONFIRM_SELECT_OK, CONSUME_OK, Method, Mistake,
 };
 use crate::support::proxy::{Hole, Proxy, Towards};
+use crate::support::wait::until_within;
 use crate::support::{World, until};
 
 /// Submits before the memory is measured: what a worker allocates once is there by then.

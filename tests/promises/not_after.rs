@@ -5,10 +5,10 @@ use std::time::{Duration, SystemTime};
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
 use lapin::BasicProperties;
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::AMQPValue;
 use serde_json::json;
 
-use crate::support::{World, submit_body, with_id};
+use crate::support::{World, submit_body, with_header, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
 
@@ -18,9 +18,7 @@ fn seconds_from_now(seconds: i64) -> i64 {
 }
 
 fn not_after(value: AMQPValue) -> BasicProperties {
-    let mut headers = FieldTable::default();
-    headers.insert("not_after".into(), value);
-    with_id("m").with_headers(headers)
+    with_header("m", "not_after", value)
 }
 
 fn in_seconds(seconds: i64) -> BasicProperties {
@@ -95,9 +93,8 @@ async fn a_header_that_is_misspelt_is_refused_and_not_overlooked() {
         ("trace_state", "name it tracestate"),
         ("x-amqp-1.0-app-properties", "publish by AMQP 0-9-1"),
     ] {
-        let mut headers = FieldTable::default();
-        headers.insert(name.into(), AMQPValue::LongLongInt(seconds_from_now(-60)));
-        submit(&world, with_id("m").with_headers(headers)).await;
+        let past = AMQPValue::LongLongInt(seconds_from_now(-60));
+        submit(&world, with_header("m", name, past)).await;
         let result = world.next_result().await;
         assert_eq!(result.code(), "400 invalid_command", "{name}");
         assert!(result.error().contains(said), "{}", result.error());

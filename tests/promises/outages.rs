@@ -6,12 +6,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{Effect, Fault, Reply, Route};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::AMQPValue;
 use serde_json::json;
 
 use crate::start::Process;
 use crate::support::proxy::Proxy;
-use crate::support::{Received, World, submit_body, until, with_id};
+use crate::support::{Received, World, submit_body, until, with_header, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
 
@@ -205,10 +205,8 @@ async fn a_lost_submit_past_its_time_waits_for_the_key_without_asking_all_the_ti
     let mut world = World::start().await;
     world.sandbox.order(Fault::on(Route::Submit, Effect::ResetAfter));
     world.sandbox.order(Fault::on(Route::List, status(401)).until_cleared());
-    let mut headers = FieldTable::default();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-    headers.insert("not_after".into(), AMQPValue::Timestamp(now + 1));
-    let properties = with_id("m").with_headers(headers);
+    let properties = with_header("m", "not_after", AMQPValue::Timestamp(now + 1));
     world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
     let since = Instant::now();
     until("its time is over", async || since.elapsed() >= Duration::from_secs(4)).await;

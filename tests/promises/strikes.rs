@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Route};
 use lapin::BasicProperties;
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::AMQPValue;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -13,7 +13,7 @@ use crate::process::Process;
 use crate::stalls::Disk;
 use crate::support::postgres::{Database, client};
 use crate::support::proxy::{Hole, Proxy, Towards};
-use crate::support::{Received, World, submit_body, until, with_id};
+use crate::support::{Received, World, submit_body, until, with_header, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
 const CANCEL: CommandKind = CommandKind::Cancel;
@@ -127,10 +127,8 @@ async fn submit_in_flight(world: &World) {
 fn expiring() -> (BasicProperties, SystemTime) {
     let over = SystemTime::now() + CANCEL_EXPIRES;
     let seconds = over.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-    let mut headers = FieldTable::default();
-    let seconds = i64::try_from(seconds).unwrap();
-    headers.insert("not_after".into(), AMQPValue::LongLongInt(seconds));
-    (with_id("cancel").with_headers(headers), over)
+    let seconds = AMQPValue::LongLongInt(i64::try_from(seconds).unwrap());
+    (with_header("cancel", "not_after", seconds), over)
 }
 
 /// Cancels while the answer of the ledger is lost. With `expires`, the time of the cancel is over

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::ledger::Place;
-use crate::load::until_within;
 use crate::process::Process;
+use crate::support::wait::until_within;
 use crate::support::{World, postgres};
 
 #[tokio::test]

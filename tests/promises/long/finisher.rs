@@ -9,9 +9,9 @@ use futures_util::future::join_all;
 
 use crate::crash::{assert_one_batch, expected};
 use crate::ledger::Place;
-use crate::load::until_within;
 use crate::process::Process;
 use crate::support::World;
+use crate::support::wait::until_within;
 
 use super::purged::{FINISHED_WITHIN, SETTINGS, killed_and_purged};
 

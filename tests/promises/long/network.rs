@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 
-use crate::load::until_within;
 use crate::network::{Trial, silence, slow};
 use crate::support::proxy::frames::Mistake;
 use crate::support::proxy::{Hole, Towards};
+use crate::support::wait::until_within;
 
 #[tokio::test]
 async fn silence_is_noticed_by_the_usual_heartbeats_and_survived() {

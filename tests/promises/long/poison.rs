@@ -8,8 +8,8 @@ use elevenlabs_sandbox::{Effect, Fault, Route};
 use lapin::options::{BasicGetOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
-use crate::load::until_within;
 use crate::process::Process;
+use crate::support::wait::until_within;
 use crate::support::{World, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;

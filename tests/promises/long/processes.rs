@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{Effect, Fault, Route};
 
-use crate::load::{Load, until_memory_is_back, until_within};
+use crate::load::{Load, until_memory_is_back};
 use crate::process::Process;
 use crate::support::World;
 use crate::support::postgres::Database;
+use crate::support::wait::until_within;
 
 const FROZEN: Duration = Duration::from_secs(120);
 

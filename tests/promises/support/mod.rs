@@ -7,6 +7,7 @@ pub mod postgres;
 pub mod proxy;
 pub mod raw;
 pub mod vendor;
+pub mod wait;
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -31,6 +32,8 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+
+pub use wait::until;
 
 /// How long anything may take before the test says what it waited for.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -476,6 +479,12 @@ pub fn with_id(id: &str) -> BasicProperties {
     BasicProperties::default().with_message_id(id.into())
 }
 
+pub fn with_header(id: &str, name: &str, value: AMQPValue) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert(name.into(), value);
+    with_id(id).with_headers(headers)
+}
+
 /// A small valid submit.
 pub fn submit_body() -> Value {
     json!({
@@ -487,14 +496,4 @@ pub fn submit_body() -> Value {
             {"phone_number": "+14155550101"}
         ]
     })
-}
-
-/// Waits for a condition, and fails with its name when it does not come true in time.
-pub async fn until(what: &str, condition: impl AsyncFn() -> bool) {
-    let waiting = async {
-        while !condition().await {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(LIMIT, waiting).await.unwrap_or_else(|_| panic!("not within {LIMIT:?}: {what}"));
 }
