@@ -6,7 +6,8 @@ use std::time::SystemTime;
 use futures_util::StreamExt as _;
 use lapin::message::Delivery as Received;
 use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, QueueDeclareOptions,
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
+    QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer};
@@ -14,10 +15,9 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::domain::command::{CommandKind, CommandMessage};
-use crate::domain::misspelt;
 
 use super::headers::{
-    earlier, expires_at, header, is_of_one_delivery, number, present, shown, text,
+    earlier, expires_at, header, is_of_one_delivery, number, present, refused, shown, text,
 };
 use super::topology::Topology;
 use super::{CALL_LIMIT, PERSISTENT};
@@ -103,6 +103,27 @@ impl Lane {
         }
     }
 
+    /// Goes on with more commands in hand at a time: what was received and not yet taken goes back, and
+    /// is delivered again. `Err` says why that cannot be.
+    pub async fn widen(&mut self, prefetch: u16) -> Result<(), String> {
+        let qos = self.channel.basic_qos(prefetch, BasicQosOptions::default());
+        let consuming = async {
+            qos.await?;
+            consume(&self.channel, &self.retry).await
+        };
+        let returned = match timeout(CALL_LIMIT, consuming).await {
+            Ok(consumer) => consumer.map_err(|error| error.to_string())?,
+            Err(_) => return Err(format!("the broker is silent about the {} queue", self.kind)),
+        };
+        let former = std::mem::replace(&mut self.returned, returned);
+        self.give_up(former).await?;
+        if self.is_resting() {
+            return Ok(());
+        }
+        self.rest().await?;
+        self.resume().await
+    }
+
     /// Stops receiving and gives back what was received but not yet taken. What was taken can
     /// still be settled as long as the lane lives: its channel closes with it.
     pub async fn stop(&mut self) {
@@ -173,8 +194,9 @@ impl Delivery {
         let count = header("x-delivery-count").filter(|_| received.redelivered);
         let redeliveries = count.and_then(number).unwrap_or_default();
         let earlier = earlier(&received, queue, topology);
-        let headers = properties.headers().iter().flat_map(FieldTable::inner);
-        let misspelt_header = headers.map(|(name, _)| name.as_str()).find_map(misspelt);
+        // What comes back was taken the first time.
+        let is_new = earlier.first_seen.is_none();
+        let refused_header = properties.headers().as_ref().filter(|_| is_new).and_then(refused);
         let message = CommandMessage {
             queue,
             // Through the default exchange the routing key is the queue's name.
@@ -188,7 +210,7 @@ impl Delivery {
             tracestate: trace("tracestate", TRACESTATE_BYTES),
             reply_to: present(properties.reply_to().as_ref()),
             not_after: header("not_after").and_then(shown),
-            misspelt_header,
+            refused_header,
             redeliveries: u32::try_from(redeliveries.max(0)).unwrap_or(u32::MAX),
             // A copy has no `expiration` of its own.
             expires_at: earlier.expires_at.or_else(|| expires_at(properties, SystemTime::now())),

@@ -6,10 +6,14 @@ use lapin::BasicProperties;
 use lapin::message::Delivery as Received;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-use crate::domain::Earlier;
 use crate::domain::command::CommandKind;
+use crate::domain::{Earlier, misspelt};
 
 use super::topology::{Delay, Topology};
+use super::utf8::CUT;
+
+/// A frame, less the other properties and what is added to a copy: 7 KB.
+const MAX_HEADERS_BYTES: usize = 124_000;
 
 /// What earlier times in a worker's hands left in the headers; nothing where a producer may have
 /// written them.
@@ -72,6 +76,44 @@ pub(super) fn is_of_one_delivery(name: &str) -> bool {
         || name.starts_with("x-first-death-")
         || name.starts_with("x-last-death-")
         || Earlier::is_header(name)
+}
+
+/// Why the headers are refused as they are, if they are: they say nothing that the worker could lose.
+///
+/// A copy of the command that goes to a delay queue comes back with some more, of the broker and of the
+/// worker. So a limit on what the producer sends keeps all of it within what can be read.
+pub(super) fn refused(headers: &FieldTable) -> Option<String> {
+    let cut =
+        headers.inner().get(CUT).and_then(number).and_then(|bytes| usize::try_from(bytes).ok());
+    let bytes = cut.unwrap_or_else(|| table_bytes(headers));
+    if bytes > MAX_HEADERS_BYTES {
+        return Some(format!(
+            "the headers have {bytes} bytes, and at most {MAX_HEADERS_BYTES} are read; leave out what \
+             is none of the contract's"
+        ));
+    }
+    headers.inner().keys().find_map(|name| misspelt(name.as_str()))
+}
+
+/// As many as on the wire, at most.
+fn table_bytes(table: &FieldTable) -> usize {
+    let entry = |(name, value): (&ShortString, &AMQPValue)| {
+        1 + name.as_str().len() + 1 + value_bytes(value)
+    };
+    table.inner().iter().map(entry).sum()
+}
+
+fn value_bytes(value: &AMQPValue) -> usize {
+    match value {
+        AMQPValue::LongString(text) => 4 + text.as_bytes().len(),
+        AMQPValue::ByteArray(bytes) => 4 + bytes.as_slice().len(),
+        AMQPValue::FieldArray(array) => {
+            4 + array.as_slice().iter().map(|value| 1 + value_bytes(value)).sum::<usize>()
+        }
+        AMQPValue::FieldTable(table) => 4 + table_bytes(table),
+        // The longest of the others.
+        _ => 8,
+    }
 }
 
 pub(super) fn header<'a>(received: &'a Received, name: &str) -> Option<&'a AMQPValue> {

@@ -1,9 +1,12 @@
-//! Makes the text in inbound frames UTF-8, so that no message can break the connection it comes over.
+//! Makes inbound frames such that no message can break the connection it comes over.
 //!
 //! AMQP's short strings are UTF-8 (AMQP 0-9-1, 4.2.5.3). `RabbitMQ` does not check those a producer
 //! sets, and lapin gives up the connection over one that is not: the message is delivered again
-//! after each reconnect, and nothing else is worked on. Lengths never change, so a frame stays as
-//! long as its header says.
+//! after each reconnect, and nothing else of its lane is worked on.
+//!
+//! A content header is never split over frames (AMQP 0-9-1, 4.2.6.1): `RabbitMQ` sends one that is
+//! larger than the frames both sides have agreed on, and lapin gives up the connection over it as well.
+//! Its headers are taken out then, and [`CUT`] says so.
 
 use std::io;
 use std::mem;
@@ -22,8 +25,14 @@ const FRAME_HEADER_BYTES: usize = 7;
 /// The frame-end octet.
 const FRAME_END_BYTES: usize = 1;
 
-/// Far above the `frame_max` of any broker (`RabbitMQ`: 128 KiB).
-const MAX_HELD_BYTES: usize = 1024 * 1024;
+/// The `frame_max` of `RabbitMQ`. lapin reads no longer frame where the broker has not set a longer one.
+const MAX_FRAME_BYTES: usize = 128 * 1024;
+
+/// More headers than any program means to send; one such frame is in memory at a time.
+const MAX_HELD_BYTES: usize = 16 * 1024 * 1024;
+
+/// The only header of a message whose own were too large: their bytes.
+pub const CUT: &str = "x-call-manager-cut-headers";
 
 /// lapin parses nested tables by recursion: 2,000 levels, 10 KB, overflow the stack of its thread,
 /// which ends the process.
@@ -99,13 +108,13 @@ impl Utf8Filter {
     /// Corrects `bytes` in place; holds an incomplete frame at their end back and returns how many
     /// bytes lie before it.
     fn pass(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let mut at = 0;
+        let (mut at, mut end) = (0, bytes.len());
         loop {
             let passing = usize::try_from(self.passing).unwrap_or(usize::MAX);
-            let passed = passing.min(bytes.len() - at);
+            let passed = passing.min(end - at);
             at += passed;
             self.passing -= passed as u64;
-            let here = &mut bytes[at..];
+            let here = &mut bytes[at..end];
             if here.is_empty() {
                 return Ok(at);
             }
@@ -123,8 +132,10 @@ impl Utf8Filter {
                 self.held.resize(whole, 0);
                 return Ok(at);
             }
-            correct(&mut here[..whole]);
-            at += whole;
+            let corrected = correct(&mut here[..whole]);
+            here.copy_within(whole.., corrected);
+            end -= whole - corrected;
+            at += corrected;
         }
     }
 
@@ -137,7 +148,10 @@ impl Utf8Filter {
                 self.held.resize(length, 0);
                 return Ok(());
             }
-            Frame::Whole(_) => correct(&mut self.held),
+            Frame::Whole(_) => {
+                let corrected = correct(&mut self.held);
+                self.held.truncate(corrected);
+            }
             Frame::Passes(count) => self.passing = count - self.filled as u64,
             // Not with a whole frame header.
             Frame::Begun => {}
@@ -174,8 +188,8 @@ impl Frame {
     }
 }
 
-/// Corrects a whole method or content header frame.
-fn correct(frame: &mut [u8]) {
+/// Corrects a whole method or content header frame; returns how long it is now.
+fn correct(frame: &mut [u8]) -> usize {
     let kind = frame[0];
     let end = frame.len() - FRAME_END_BYTES;
     let mut fields = Fields(&mut frame[FRAME_HEADER_BYTES..end]);
@@ -184,6 +198,39 @@ fn correct(frame: &mut [u8]) {
         METHOD => fields.method(),
         _ => fields.content_header(),
     };
+    if kind == HEADER && frame.len() > MAX_FRAME_BYTES {
+        return cut_headers(frame).unwrap_or(frame.len());
+    }
+    frame.len()
+}
+
+/// Puts [`CUT`] in the place of the headers; returns how long the frame is then.
+fn cut_headers(frame: &mut [u8]) -> Option<usize> {
+    let payload = &mut frame[FRAME_HEADER_BYTES..];
+    let (flags, mut at) = (u16::from_be_bytes(*payload.get(12..14)?.first_chunk()?), 14);
+    // What comes before them: content-type and content-encoding.
+    for bit in [15, 14] {
+        if flags & (1 << bit) != 0 {
+            at += 1 + usize::from(*payload.get(at)?);
+        }
+    }
+    let length = u32::from_be_bytes(*payload.get(at..)?.first_chunk()?);
+    let after = at + 4 + usize::try_from(length).ok()?;
+    let mut table = vec![u8::try_from(CUT.len()).ok()?];
+    table.extend(CUT.as_bytes());
+    table.push(b'l');
+    table.extend(i64::from(length).to_be_bytes());
+    let before = at + 4 + table.len();
+    if flags & (1 << 13) == 0 || after > payload.len() || before > after {
+        return None;
+    }
+    payload[at..at + 4].copy_from_slice(&u32::try_from(table.len()).ok()?.to_be_bytes());
+    payload[at + 4..before].copy_from_slice(&table);
+    payload.copy_within(after.., before);
+    let now = frame.len() - (after - before);
+    let payload_bytes = u32::try_from(now - FRAME_HEADER_BYTES - FRAME_END_BYTES).ok()?;
+    frame[3..FRAME_HEADER_BYTES].copy_from_slice(&payload_bytes.to_be_bytes());
+    Some(now)
 }
 
 /// What is left of a frame's payload, or of a table within it.

@@ -163,7 +163,7 @@ fn a_body_is_handed_on_as_soon_as_it_comes_and_is_never_held() {
 }
 
 #[test]
-fn a_header_of_more_than_a_mebibyte_is_an_error_and_not_memory() {
+fn a_header_of_more_than_16_mebibytes_is_an_error_and_not_memory() {
     let mut into = [0; 100];
     let read = Utf8Filter::default().poll_read(&mut into, |into| {
         into[..7].copy_from_slice(b"\x02\0\x01\xff\0\0\0");
@@ -172,7 +172,7 @@ fn a_header_of_more_than_a_mebibyte_is_an_error_and_not_memory() {
     let Poll::Ready(Err(error)) = read else { panic!("{read:?}") };
     assert_eq!(
         error.to_string(),
-        "the broker sent a method or content header frame of 4278190088 bytes, and at most 1048576 are read"
+        "the broker sent a method or content header frame of 4278190088 bytes, and at most 16777216 are read"
     );
 }
 
@@ -302,4 +302,27 @@ proptest! {
         let stream = frame(kind, &[begin, &rest].concat());
         prop_assert_eq!(passed(&stream, [], 1000).len(), stream.len());
     }
+}
+
+#[test]
+fn headers_that_no_frame_has_room_for_are_taken_out_and_the_rest_stays() {
+    let large = entry(b"large", b'S', &long(&vec![b'x'; 200 * 1024]));
+    let with_headers = |table: &[u8]| {
+        header(std::array::from_fn(|index| match index {
+            2 => Some(long(table)),
+            3 | 4 => Some(vec![1]),
+            9 => Some(vec![0; 8]),
+            _ => Some(short(b"text")),
+        }))
+    };
+    let number = i64::try_from(large.len()).unwrap().to_be_bytes();
+    let cut = with_headers(&entry(CUT.as_bytes(), b'l', &number));
+    let (before, body) = (deliver(b"key"), frame(BODY, b"{}"));
+    let input = [&before[..], &with_headers(&large), &body, &before].concat();
+    let output = [&before[..], &cut, &body, &before].concat();
+    for (cuts, room) in [(vec![], 1 << 20), (vec![1; 300], 64), (vec![7, 100_000], 4096)] {
+        assert_eq!(passed(&input, cuts, room), output);
+    }
+    let small = with_headers(&entry(b"small", b'S', &long(b"x")));
+    assert_eq!(passed(&small, [], 1 << 20), small);
 }

@@ -37,7 +37,7 @@ pub const SUBSTITUTE: char = '\u{1a}';
 const FIRST_MILLISECONDS: f64 = 1e11;
 
 /// What a command asks for. Each has a routing key and a queue of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CommandKind {
     /// Create a batch.
     Submit,
@@ -101,7 +101,7 @@ pub struct CommandMessage {
     /// The header `not_after`: Unix seconds, past which the command is not worth doing.
     pub not_after: Option<String>,
     /// What is wrong with the name of one of its headers.
-    pub misspelt_header: Option<String>,
+    pub refused_header: Option<String>,
     /// From the property `expiration`: when the message would have been dropped, had it stayed in its
     /// queue. It is not begun later.
     pub expires_at: Option<SystemTime>,
@@ -154,7 +154,7 @@ impl CommandMessage {
         }
         self.check_ids()?;
         self.check_encoding()?;
-        if let Some(wrong) = &self.misspelt_header {
+        if let Some(wrong) = &self.refused_header {
             return Err(Rejection::of(wrong.clone()));
         }
         self.deadline()?;

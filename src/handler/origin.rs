@@ -80,7 +80,7 @@ pub fn stand_in(command_id: &str, origin: Option<&Origin>) -> CommandMessage {
         tracestate: of(|origin| &origin.tracestate),
         reply_to: of(|origin| &origin.reply_to),
         not_after: None,
-        misspelt_header: None,
+        refused_header: None,
         expires_at: None,
         redeliveries: 0,
         earlier: Earlier::default(),

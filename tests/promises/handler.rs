@@ -33,7 +33,7 @@ pub fn submit(id: &str) -> CommandMessage {
         tracestate: None,
         reply_to: None,
         not_after: None,
-        misspelt_header: None,
+        refused_header: None,
         expires_at: None,
         redeliveries: 0,
         earlier: Earlier::default(),
