@@ -72,7 +72,7 @@ fn modules_import_only_what_is_below_them() {
         ("domain", &[]),
         ("telemetry", &[]),
         ("retry", &[]),
-        ("health", &[]),
+        ("health", &["domain"]),
         ("crash", &[]),
         ("config", &["telemetry"]),
         ("ledger", &["domain", "telemetry"]),

@@ -1,10 +1,9 @@
-//! One generation of connections, channels and consumers, which lives and dies together.
+//! One generation of a lane: its connections, channels and consumers, which live and die together.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use futures_util::future::try_join_all;
 use futures_util::stream::{BoxStream, select};
 use lapin::options::{BasicQosOptions, ConfirmSelectOptions};
 use lapin::uri::AMQPUri;
@@ -17,20 +16,24 @@ use url::{Host, Url};
 use crate::domain::command::CommandKind;
 
 use super::consumer::Lane;
+use super::declare::{Place, Seen};
 use super::publisher::Publisher;
 use super::pulse::Pulse;
 use super::tls::TlsFiles;
-use super::topology::Topology;
+use super::topology::{DELIVERY_LIMIT, Topology};
 use super::transport;
 use super::{CALL_LIMIT, CONNECT_LIMIT, Error, HEARTBEAT, Settings};
 
 /// How long a connection that is being closed may take to have its reason known.
 const REASON_LIMIT: Duration = Duration::from_secs(1);
 
-/// Everything that was built on one pair of connections.
+/// Everything that was built on one pair of connections, for the commands of one kind. Each kind has
+/// connections of its own: what ends one of them, a message that the broker cannot encode or a queue
+/// that is not as it was, stops no other kind.
 pub struct Generation {
-    /// One per command queue.
-    lanes: Vec<Lane>,
+    lane: Lane,
+    /// What is not as it was declared, and is not the lane's own: it works as far as it can.
+    pub flaws: Vec<Error>,
     /// Publishes results.
     pub publisher: Arc<Publisher>,
     events: Events,
@@ -40,28 +43,53 @@ pub struct Generation {
     consuming: Connection,
 }
 
-/// Connects, declares or checks the topology and starts to consume; fresh commands only of the kinds
-/// that are taken now: what is received and given back counts as a redelivery.
+/// Connects, declares or checks the topology and starts to consume, fresh commands only where they are
+/// taken now: what is received and given back counts as a redelivery. The first time, everything has to
+/// be as it is declared. Later on, a fault in what is not the lane's own is a flaw and no more.
+/// Up to `prefetch` commands are delivered before one is settled, of each of the lane's two queues.
 pub async fn open(
     settings: &Settings,
-    takes_fresh: impl Fn(CommandKind) -> bool,
+    kind: CommandKind,
+    prefetch: u16,
+    is_first: bool,
+    takes_fresh: impl Fn() -> bool,
 ) -> Result<Generation, Error> {
     let uri = parse(settings.url.expose_secret())?;
     let at = address(&uri);
     let opening = async {
         let of = |error| Error::of(error, &at);
-        let consuming = connect(uri.clone(), &settings.tls, "consuming");
-        let publishing = connect(uri, &settings.tls, "publishing");
+        let names = [format!("{kind} consuming"), format!("{kind} publishing")];
+        let consuming = connect(uri.clone(), &settings.tls, &names[0]);
+        let publishing = connect(uri, &settings.tls, &names[1]);
         let (consuming, publishing) = tokio::try_join!(consuming, publishing).map_err(of)?;
         let topology = Topology::new(&settings.prefix);
-        let has_canary = if settings.declares_topology {
-            topology.declare(&consuming).await.map_err(of)?;
-            true
+        let place = Place { connection: &consuming, at: &at, kind: Some(kind), is_first };
+        let seen = if settings.declares_topology {
+            topology.declare_at(&place).await?
         } else {
-            topology.check(&consuming, &at).await?
+            topology.check(&place).await?
         };
-        let connections = (consuming, publishing);
-        build(settings, &topology, connections, has_canary, takes_fresh).await.map_err(of)
+        let events = Events::of(&consuming, &publishing);
+        let beside = async {
+            let publisher = Arc::new(Publisher::new(publishing, &topology).await?);
+            let channel = consuming.create_channel().await?;
+            let asking = consuming.create_channel().await?;
+            // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
+            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+            Ok((publisher, channel, asking))
+        };
+        let (publisher, channel, asking) = beside.await.map_err(of)?;
+        let Seen { has_canary, flaws } = seen;
+        let pulse = Pulse::new(kind, asking, Arc::clone(&publisher), topology.clone(), has_canary);
+        // Last: what is delivered may end the connection.
+        let lane = Lane::open(kind, channel, &topology, takes_fresh()).await;
+        let lane = lane.map_err(|error| match of(error) {
+            Error::Connection { at, source } => {
+                Error::Delivering { at, kind, limit: DELIVERY_LIMIT, source }
+            }
+            error => error,
+        })?;
+        Ok(Generation { lane, flaws, publisher, events, pulse, consuming })
     };
     match timeout(CONNECT_LIMIT, opening).await {
         Ok(opened) => opened,
@@ -69,32 +97,10 @@ pub async fn open(
     }
 }
 
-async fn build(
-    settings: &Settings,
-    topology: &Topology,
-    (consuming, publishing): (Connection, Connection),
-    has_canary: bool,
-    takes_fresh: impl Fn(CommandKind) -> bool,
-) -> lapin::Result<Generation> {
-    let events = Events::of(&consuming, &publishing);
-    let publisher = Arc::new(Publisher::new(publishing, topology).await?);
-    let asking = consuming.create_channel().await?;
-    let pulse = Pulse::new(asking, Arc::clone(&publisher), topology.clone(), has_canary);
-
-    let lanes = CommandKind::ALL.map(async |kind| {
-        let channel = consuming.create_channel().await?;
-        // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
-        channel.basic_qos(settings.prefetch, BasicQosOptions::default()).await?;
-        Lane::open(kind, channel, topology, takes_fresh(kind)).await
-    });
-    let lanes = try_join_all(lanes).await?;
-    Ok(Generation { lanes, publisher, events, pulse, consuming })
-}
-
 impl Generation {
-    /// The lanes, and beside them what happens to the connections, and what can be asked.
-    pub fn parts(&mut self) -> (&mut [Lane], &mut Events, &Pulse) {
-        (&mut self.lanes, &mut self.events, &self.pulse)
+    /// The lane, and beside it what happens to the connections, and what can be asked.
+    pub fn parts(&mut self) -> (&mut Lane, &mut Events, &Pulse) {
+        (&mut self.lane, &mut self.events, &self.pulse)
     }
 
     /// Why a connection was lost, in the broker's words where it said any; `None` where both live.
@@ -105,9 +111,8 @@ impl Generation {
 
     /// Waits, within a limit, until the broker has every acknowledgement.
     pub async fn flush(&mut self) {
-        let all = try_join_all(self.lanes.iter().map(Lane::flush));
-        match timeout(CALL_LIMIT, all).await {
-            Ok(Ok(_)) => {}
+        match timeout(CALL_LIMIT, self.lane.flush()).await {
+            Ok(Ok(())) => {}
             Ok(Err(error)) => debug!(%error, "the last acknowledgements may be lost"),
             Err(_) => debug!("the broker is silent about the last acknowledgements"),
         }

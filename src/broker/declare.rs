@@ -10,94 +10,202 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
 use tracing::{info, warn};
 
+use crate::domain::command::CommandKind;
+use crate::telemetry::chain;
+
 use super::Error;
 use super::topology::{
     Argument, Arguments, Binding, EVERY_KEY, Exchange, Queue, Routing, Target, Topology,
 };
 
-impl Topology {
-    /// Declares everything; harmless where it exists in the same way. What does not need each other
-    /// is declared at the same time, on channels of its own: a channel takes one declaration after
-    /// the other, and the way to the broker may be long.
-    pub async fn declare(&self, connection: &Connection) -> lapin::Result<()> {
-        let retry = self.retry_exchange();
-        let (retries, others) = self.exchanges().into_iter().partition(|one| one.name == retry);
-        let declare = async |channel: Channel, exchange| {
-            declare_exchange(&channel, exchange, false).await.map(|()| channel)
-        };
-        each(connection, others, declare).await?;
-        for retry in retries {
-            self.declare_retry(connection, retry).await?;
+/// Where the topology is made or checked, and for whom.
+pub(super) struct Place<'a> {
+    pub connection: &'a Connection,
+    /// host:port.
+    pub at: &'a str,
+    /// Whose lane it is; `None` for all of them. One lane leaves the queues of the others alone: what is
+    /// wrong with those is theirs.
+    pub kind: Option<CommandKind>,
+    /// The first time, everything has to be as it is declared.
+    pub is_first: bool,
+}
+
+/// One of what is declared.
+enum Thing {
+    Exchange(Exchange),
+    Queue(Queue),
+    Binding(Binding),
+}
+
+impl Thing {
+    /// Of a binding, what it leads to.
+    fn name(&self) -> &str {
+        match self {
+            Self::Exchange(exchange) => &exchange.name,
+            Self::Queue(queue) => &queue.name,
+            Self::Binding(binding) => binding.to.name(),
         }
-        let declare = async |channel: Channel, queue| {
-            declare_queue(&channel, queue, false).await.map(|()| channel)
-        };
-        each(connection, self.queues(), declare).await?;
+    }
+}
+
+/// What was found there.
+#[derive(Default)]
+pub(super) struct Seen {
+    /// Whether canaries have their queue.
+    pub has_canary: bool,
+    /// What is not as it was, and costs the lane nothing at once.
+    pub flaws: Vec<Error>,
+}
+
+impl Place<'_> {
+    fn of(&self, error: lapin::Error) -> Error {
+        Error::of(error, self.at)
+    }
+
+    async fn channel(&self) -> Result<Channel, Error> {
+        self.connection.create_channel().await.map_err(|error| self.of(error))
+    }
+
+    /// Whether the lane does without it: it is what all share, and was as it is declared before.
+    fn tolerates(&self, topology: &Topology, name: &str, error: &Error) -> bool {
+        let is_own = self.kind.is_none_or(|kind| topology.is_queue_of(kind, name));
+        !self.is_first && !is_own && error.needs_a_person()
+    }
+}
+
+impl Topology {
+    /// Declares everything; harmless where it exists in the same way.
+    pub async fn declare(&self, connection: &Connection) -> Result<(), Error> {
+        let at = "the broker";
+        self.declare_at(&Place { connection, at, kind: None, is_first: true }).await.map(drop)
+    }
+
+    /// Declares what a lane needs. What does not need each other is declared at the same time, on
+    /// channels of its own: a channel takes one declaration after the other, and the way to the broker
+    /// may be long.
+    pub(super) async fn declare_at(&self, place: &Place<'_>) -> Result<Seen, Error> {
         // Commands have to have their place before the rest is sorted out.
         let is_rest = |binding: &Binding| binding.routing_key == EVERY_KEY;
-        let (rest, places) = self.bindings().into_iter().partition(is_rest);
-        each(connection, places, bind).await?;
-        each(connection, rest, bind).await
+        let all =
+            self.bindings().into_iter().filter(|one| self.concerns(place.kind, one.to.name()));
+        let (rest, places): (Vec<_>, Vec<_>) = all.partition(is_rest);
+        let steps: [Vec<Thing>; 4] = [
+            self.exchanges().into_iter().map(Thing::Exchange).collect(),
+            self.queues_for(place.kind).into_iter().map(Thing::Queue).collect(),
+            places.into_iter().map(Thing::Binding).collect(),
+            rest.into_iter().map(Thing::Binding).collect(),
+        ];
+        let mut seen = Seen { has_canary: true, flaws: Vec::new() };
+        for step in steps {
+            let made = step.into_iter().map(|thing| self.make(place, thing));
+            seen.flaws.extend(try_join_all(made).await?.into_iter().flatten());
+        }
+        Ok(seen)
+    }
+
+    /// Makes it on a channel of its own, and closes that; the flaw, where the lane does without it.
+    async fn make(&self, place: &Place<'_>, thing: Thing) -> Result<Option<Error>, Error> {
+        let name = thing.name().to_owned();
+        let making = async {
+            let channel = place.connection.create_channel().await?;
+            let channel = match thing {
+                Thing::Exchange(exchange) if exchange.name == self.retry_exchange() => {
+                    self.declare_retry(place.connection, channel, exchange).await?
+                }
+                Thing::Exchange(exchange) => {
+                    declare_exchange(&channel, exchange, false).await?;
+                    channel
+                }
+                Thing::Queue(queue) => {
+                    declare_queue(&channel, queue, false).await?;
+                    channel
+                }
+                Thing::Binding(binding) => bind(channel, binding).await?,
+            };
+            channel.close(200, "declared".into()).await
+        };
+        match making.await {
+            Ok(()) => Ok(None),
+            Err(error) => self.flaw(place, &name, place.of(error)).map(Some),
+        }
+    }
+
+    /// The error again, where the lane does without what it is about.
+    fn flaw(&self, place: &Place<'_>, name: &str, error: Error) -> Result<Error, Error> {
+        if !place.tolerates(self, name, &error) {
+            return Err(error);
+        }
+        warn!(error = chain(&error), "not all is as it was declared; working without it");
+        Ok(error)
     }
 
     /// An exchange cannot be declared in another way, so that of the former version is replaced. It holds
     /// no messages. The delay queues, which alone publish to it, keep theirs until they have a way.
-    async fn declare_retry(&self, connection: &Connection, retry: Exchange) -> lapin::Result<()> {
-        let mut channel = connection.create_channel().await?;
-        if let Err(error) = declare_exchange(&channel, retry.clone(), false).await {
-            if !self.is_former_retry(&retry, &error) {
-                return Err(error);
-            }
-            info!(exchange = retry.name, "replaces the exchange of the former version");
-            channel = connection.create_channel().await?;
-            let options = ExchangeDeleteOptions::default();
-            channel.exchange_delete(retry.name.as_str().into(), options).await?;
-            declare_exchange(&channel, retry, false).await?;
+    async fn declare_retry(
+        &self,
+        connection: &Connection,
+        channel: Channel,
+        retry: Exchange,
+    ) -> lapin::Result<Channel> {
+        let Err(error) = declare_exchange(&channel, retry.clone(), false).await else {
+            return Ok(channel);
+        };
+        if !self.is_former_retry(&retry, &error) {
+            return Err(error);
         }
-        channel.close(200, "declared".into()).await
+        info!(exchange = retry.name, "replaces the exchange of the former version");
+        let channel = connection.create_channel().await?;
+        let options = ExchangeDeleteOptions::default();
+        channel.exchange_delete(retry.name.as_str().into(), options).await?;
+        declare_exchange(&channel, retry, false).await.map(|()| channel)
     }
 
-    /// Sees that every exchange and queue is there, and creates nothing. Arguments are compared as
-    /// far as the user has the right to configure; bindings show nowhere in AMQP. Returns whether
-    /// canaries have their queue.
-    pub(super) async fn check(&self, connection: &Connection, at: &str) -> Result<bool, Error> {
-        let of = |error| Error::of(error, at);
-        let channel = connection.create_channel().await.map_err(of)?;
-        let (exchanges, queues) = self.of_former(true);
+    /// Sees that every exchange and queue that a lane needs is there, and creates nothing. Arguments are
+    /// compared as far as the user has the right to configure; bindings show nowhere in AMQP.
+    pub(super) async fn check(&self, place: &Place<'_>) -> Result<Seen, Error> {
+        let mut seen = Seen::default();
+        let (exchanges, queues) = self.of_former(true, place.kind);
         for exchange in exchanges {
             let name = exchange.name.clone();
-            let seen = declare_exchange(&channel, exchange, true).await;
-            seen.map_err(|error| missing(error, at, "exchange", name))?;
+            let channel = place.channel().await?;
+            match declare_exchange(&channel, exchange, true).await {
+                Ok(()) => channel.close(200, "seen".into()).await.map_err(|e| place.of(e))?,
+                Err(error) => {
+                    let error = missing(error, place.at, "exchange", name.clone());
+                    seen.flaws.push(self.flaw(place, &name, error)?);
+                }
+            }
         }
         for queue in queues {
             let name = queue.name.clone();
-            let seen = declare_queue(&channel, queue, true).await;
-            seen.map_err(|error| missing(error, at, "queue", name))?;
+            let channel = place.channel().await?;
+            match declare_queue(&channel, queue, true).await {
+                Ok(()) => channel.close(200, "seen".into()).await.map_err(|e| place.of(e))?,
+                Err(error) => {
+                    let error = missing(error, place.at, "queue", name.clone());
+                    seen.flaws.push(self.flaw(place, &name, error)?);
+                }
+            }
         }
-        channel.close(200, "checked".into()).await.map_err(of)?;
-        let has_new = self.has_new(connection).await.map_err(of)?;
-        match self.compare(connection, has_new).await {
-            Ok(()) => Ok(has_new),
+        seen.has_canary = self.has_new(place.connection).await.map_err(|e| place.of(e))?;
+        match self.compare(place, seen.has_canary).await {
+            Ok(flaws) => seen.flaws.extend(flaws),
             // At the first one it ends: each is an error in the broker's log, and a user who may not
             // configure one may hardly ever configure another.
-            Err(error) => match of(error) {
-                Error::Permission { reason } => {
-                    info!(
-                        reason,
-                        "every exchange and queue is there; their arguments cannot be compared \
-                         without the right to configure them"
-                    );
-                    Ok(has_new)
-                }
-                error => Err(error),
-            },
+            Err(Error::Permission { reason }) => info!(
+                reason,
+                "every exchange and queue is there; their arguments cannot be compared without the \
+                 right to configure them"
+            ),
+            Err(error) => return Err(error),
         }
+        Ok(seen)
     }
 
     /// Whether there is what the former version did not have, and the user may see it.
     async fn has_new(&self, connection: &Connection) -> lapin::Result<bool> {
         let channel = connection.create_channel().await?;
-        match look(&channel, self.of_former(false)).await {
+        match look(&channel, self.of_former(false, None)).await {
             Ok(()) => channel.close(200, "seen".into()).await.map(|()| true),
             Err(error) if refused(&error, AMQPSoftError::NOTFOUND) => {
                 let reason = error.to_string();
@@ -115,36 +223,69 @@ impl Topology {
 
     /// A passive declare compares no arguments; an active one does, and creates nothing where the
     /// thing exists.
-    async fn compare(&self, connection: &Connection, has_new: bool) -> lapin::Result<()> {
-        let mut channel = connection.create_channel().await?;
-        let (exchanges, queues) =
-            if has_new { (self.exchanges(), self.queues()) } else { self.of_former(true) };
+    async fn compare(&self, place: &Place<'_>, has_new: bool) -> Result<Vec<Error>, Error> {
+        let mut flaws = Vec::new();
+        let (exchanges, queues) = if has_new {
+            (self.exchanges(), self.queues_for(place.kind))
+        } else {
+            self.of_former(true, place.kind)
+        };
+        let mut channel = place.channel().await?;
         for queue in queues {
-            declare_queue(&channel, queue, false).await?;
-        }
-        for exchange in exchanges {
-            match declare_exchange(&channel, exchange.clone(), false).await {
-                Ok(()) => {}
-                Err(error) if self.is_former_retry(&exchange, &error) => {
-                    warn!(
-                        "{}; until then, who may publish to the exchange {} can pass for the worker",
-                        self.advice(),
-                        exchange.name
-                    );
-                    // The refusal has closed the former one.
-                    channel = connection.create_channel().await?;
-                }
-                Err(error) => return Err(error),
+            let name = queue.name.clone();
+            if let Err(error) = declare_queue(&channel, queue, false).await {
+                flaws.push(self.differs(place, &name, error)?);
+                channel = place.channel().await?;
             }
         }
-        channel.close(200, "compared".into()).await
+        for exchange in exchanges {
+            let Err(error) = declare_exchange(&channel, exchange.clone(), false).await else {
+                continue;
+            };
+            if self.is_former_retry(&exchange, &error) {
+                warn!(
+                    "{}; until then, who may publish to the exchange {} can pass for the worker",
+                    self.advice(),
+                    exchange.name
+                );
+            } else {
+                flaws.push(self.differs(place, &exchange.name, error)?);
+            }
+            // The refusal has closed the former one.
+            channel = place.channel().await?;
+        }
+        channel.close(200, "compared".into()).await.map_err(|e| place.of(e))?;
+        Ok(flaws)
+    }
+
+    /// What has other arguments may be a flaw; that it cannot be compared is none.
+    fn differs(&self, place: &Place<'_>, name: &str, error: lapin::Error) -> Result<Error, Error> {
+        match place.of(error) {
+            error @ Error::Permission { .. } => Err(error),
+            error => self.flaw(place, name, error),
+        }
     }
 
     /// What the former version had already, or what it had not.
-    fn of_former(&self, had: bool) -> (Vec<Exchange>, Vec<Queue>) {
+    fn of_former(&self, had: bool, kind: Option<CommandKind>) -> (Vec<Exchange>, Vec<Queue>) {
         let exchanges = self.exchanges().into_iter().filter(|one| self.is_new(&one.name) != had);
-        let queues = self.queues().into_iter().filter(|one| self.is_new(&one.name) != had);
+        let queues = self.queues_for(kind).into_iter().filter(|one| self.is_new(&one.name) != had);
         (exchanges.collect(), queues.collect())
+    }
+
+    /// The queues that all lanes share, and those of one kind.
+    fn queues_for(&self, kind: Option<CommandKind>) -> Vec<Queue> {
+        self.queues().into_iter().filter(|queue| self.concerns(kind, &queue.name)).collect()
+    }
+
+    /// Whether something of this name is no other lane's.
+    fn concerns(&self, kind: Option<CommandKind>, name: &str) -> bool {
+        let is_another = |other| Some(other) != kind && self.is_queue_of(other, name);
+        kind.is_none() || !CommandKind::ALL.into_iter().any(is_another)
+    }
+
+    fn is_queue_of(&self, kind: CommandKind, name: &str) -> bool {
+        name == self.queue(kind) || name == self.retry_queue(kind)
     }
 
     fn advice(&self) -> String {
@@ -209,20 +350,6 @@ fn missing(error: lapin::Error, at: &str, what: &'static str, name: String) -> E
         }
     }
     Error::of(error, at)
-}
-
-/// Does something with each of them, each on a channel of its own, and closes the channels.
-async fn each<T>(
-    connection: &Connection,
-    them: Vec<T>,
-    make: impl AsyncFn(Channel, T) -> lapin::Result<Channel>,
-) -> lapin::Result<()> {
-    let make = &make;
-    let all = them.into_iter().map(async |one| {
-        let channel = make(connection.create_channel().await?, one).await?;
-        channel.close(200, "declared".into()).await
-    });
-    try_join_all(all).await.map(drop)
 }
 
 async fn declare_exchange(

@@ -22,6 +22,8 @@ use lapin::protocol::AMQPErrorKind;
 use lapin::protocol::{AMQPHardError, AMQPSoftError};
 use secrecy::SecretString;
 
+use crate::domain::command::CommandKind;
+
 pub use canary::Deferral;
 pub use connection::{Change, Events, Generation, open};
 pub use consumer::{Delivery, Lane, NotSettled};
@@ -133,6 +135,22 @@ pub enum Error {
         /// The broker's words: they name the resource.
         reason: String,
     },
+    /// The connection was lost when the first commands were delivered.
+    #[error(
+        "the connection to the broker at {at} was lost as soon as {kind} commands were delivered; one of \
+         them may end it each time, and goes to the dead-letter queue after {limit} times"
+    )]
+    Delivering {
+        /// host:port.
+        at: String,
+        /// Of which commands.
+        kind: CommandKind,
+        /// How often a command is delivered.
+        limit: i64,
+        /// lapin's error.
+        #[source]
+        source: lapin::Error,
+    },
     /// Anything else.
     #[error("the connection to the broker at {at} failed")]
     Connection {
@@ -156,6 +174,17 @@ impl Error {
                 | Self::OtherArguments { .. }
                 | Self::Missing { .. }
                 | Self::Permission { .. }
+        )
+    }
+
+    /// Whether the broker was there, and something at it is not right.
+    pub fn is_connected(&self) -> bool {
+        matches!(
+            self,
+            Self::OtherArguments { .. }
+                | Self::Missing { .. }
+                | Self::Permission { .. }
+                | Self::Delivering { .. }
         )
     }
 

@@ -16,8 +16,9 @@ use super::canary::{Canary, Deferral};
 use super::publisher::Publisher;
 use super::topology::{Delay, Topology};
 
-/// What one generation can be asked.
+/// What one generation of a lane can be asked.
 pub struct Pulse {
+    kind: CommandKind,
     /// Of the consuming connection, for nothing else.
     channel: Channel,
     publisher: Arc<Publisher>,
@@ -28,33 +29,28 @@ pub struct Pulse {
 
 impl Pulse {
     pub(super) fn new(
+        kind: CommandKind,
         channel: Channel,
         publisher: Arc<Publisher>,
         topology: Topology,
         has_canary: bool,
     ) -> Self {
         let canary = has_canary.then(Mutex::default);
-        Self { channel, publisher, topology, canary }
+        Self { kind, channel, publisher, topology, canary }
     }
 
-    /// Whether the publisher gets its confirms and each queue exists; returns the queues that
-    /// should have a consumer and have none. `Err` says what is wrong; then all of it has to be built
-    /// again.
-    pub async fn check(
-        &self,
-        is_consumed: impl Fn(CommandKind) -> bool,
-    ) -> Result<Vec<String>, String> {
+    /// Whether the publisher gets its confirms and the lane's queues exist; returns those that should
+    /// have a consumer and have none. `Err` says what is wrong; then the lane has to be built again.
+    pub async fn check(&self, takes_fresh: bool) -> Result<Vec<String>, String> {
         self.publish().await?;
         let mut unconsumed = Vec::new();
-        for kind in CommandKind::ALL {
-            for (name, consumed) in [
-                (self.topology.retry_queue(kind), true),
-                (self.topology.queue(kind), is_consumed(kind)),
-            ] {
-                let queue = self.look(&name).await?;
-                if consumed && queue.consumer_count() == 0 {
-                    unconsumed.push(name);
-                }
+        for (name, is_consumed) in [
+            (self.topology.retry_queue(self.kind), true),
+            (self.topology.queue(self.kind), takes_fresh),
+        ] {
+            let queue = self.look(&name).await?;
+            if is_consumed && queue.consumer_count() == 0 {
+                unconsumed.push(name);
             }
         }
         Ok(unconsumed)
@@ -65,13 +61,13 @@ impl Pulse {
         self.publisher.pulse().await.map_err(|error| chain(&error))
     }
 
-    /// How many commands lie in their queue, not those in a worker's hands.
-    pub async fn ready(&self, kind: CommandKind) -> Result<u32, String> {
-        Ok(self.look(&self.topology.queue(kind)).await?.message_count())
+    /// How many commands lie in the lane's queue, not those in a worker's hands.
+    pub async fn ready(&self) -> Result<u32, String> {
+        Ok(self.look(&self.topology.queue(self.kind)).await?.message_count())
     }
 
     /// Whether what is deferred comes back, as a canary shows. To be asked every [`PULSE`]. `Err` says
-    /// what is wrong; then all of it has to be built again.
+    /// what is wrong; then the lane has to be built again.
     ///
     /// [`PULSE`]: super::PULSE
     pub async fn deferral(&self) -> Result<Deferral, String> {

@@ -6,7 +6,7 @@ pub use super::delay::Delay;
 
 /// Redeliveries before the broker itself dead-letters a command. Restarts and lost connections
 /// count, so it is far above what those make; unset, 4.x would use 20 and 3.x none.
-const DELIVERY_LIMIT: i64 = 50;
+pub(super) const DELIVERY_LIMIT: i64 = 50;
 
 /// The catch-all of results that nobody is bound for keeps the newest of so many.
 const UNROUTED_MAX_MESSAGES: i64 = 10_000;
@@ -67,6 +67,14 @@ pub(super) struct Binding {
 pub(super) enum Target {
     Queue(String),
     Exchange(String),
+}
+
+impl Target {
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Queue(name) | Self::Exchange(name) => name,
+        }
+    }
 }
 
 /// In the order of declaring.

@@ -23,7 +23,8 @@ const EVERY: Duration = Duration::from_secs(5);
 const AT_ONCE: usize = 4;
 
 impl Worker {
-    /// Finishes what the ledger names, for as long as the generation lives.
+    /// Finishes what the ledger names, for as long as the generation lives. That is one of the lane of
+    /// cancels: what cancels of this batch or that are still to be done does not wait for submits.
     pub(super) async fn finish(&self, link: &Link) -> String {
         // No copy on its way is overtaken: each is delivered within this time, where submits are taken.
         let untouched = self.shared.handler.horizon() + Delay::Long.duration();
@@ -38,7 +39,10 @@ impl Worker {
                 taken_since = Instant::now();
                 continue;
             }
-            let has_waited = taken_since.elapsed() >= untouched;
+            // Copies lie in the queues of submits as long as their lane does not consume.
+            let consumed_since = self.shared.consuming_since()[CommandKind::Submit as usize];
+            let has_waited =
+                consumed_since.is_some_and(|since| since.max(taken_since).elapsed() >= untouched);
             self.finish_some(link, if has_waited { untouched } else { Duration::MAX }).await;
         }
     }

@@ -47,12 +47,12 @@ pub async fn settle(
         Handled::Answered { event, is_recorded } => (event, None, is_recorded),
         Handled::Condemned { event, reason, is_recorded } => (event, Some(reason), is_recorded),
         Handled::Deferred { wait, earlier } => {
-            return defer(&shared, &delivery, &link, wait, &earlier).await;
+            return defer(&delivery, &link, wait, &earlier).await;
         }
         // What is given back in order is not what ends its workers, and the broker would count it.
         Handled::GivenBack if message.redeliveries > 0 && !link.lost.is_cancelled() => {
             let earlier = message.earlier.set_aside(message.came_back());
-            return defer(&shared, &delivery, &link, Duration::ZERO, &earlier).await;
+            return defer(&delivery, &link, Duration::ZERO, &earlier).await;
         }
         Handled::GivenBack => return delivery.give_back().await,
     };
@@ -81,7 +81,6 @@ pub async fn settle(
         link.lost.cancel();
         return;
     }
-    shared.suspects.settled(message);
     if is_recorded {
         shared.handler.published(&event.command_id).await;
     }
@@ -116,7 +115,6 @@ async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) ->
         }
     }
     crash::on(message.producer_id());
-    shared.suspects.begun(message);
     let handling = async {
         crash::panic_on(message.producer_id());
         shared.handler.handle(Arc::clone(message), &link.stopping).await
@@ -130,13 +128,7 @@ async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) ->
 }
 
 /// To a delay queue, and only then acknowledged.
-async fn defer(
-    shared: &Shared,
-    delivery: &Delivery,
-    link: &Link,
-    wait: Duration,
-    earlier: &Earlier,
-) {
+async fn defer(delivery: &Delivery, link: &Link, wait: Duration, earlier: &Earlier) {
     let delay = Delay::of(wait);
     if let Err(error) = unrefused(link, || link.publisher.defer(delivery, delay, earlier)).await {
         return lose(delivery, link, &error);
@@ -148,7 +140,6 @@ async fn defer(
         link.lost.cancel();
         return;
     }
-    shared.suspects.settled(message);
     info!(
         command = message.kind().name(),
         message_id = message.producer_id(),
@@ -181,7 +172,7 @@ where
         }
         was_refused = true;
         warn!(%error, "trying again");
-        link.readiness.wrong(Part::Publisher, error.to_string());
+        link.readiness.wrong(Part::Publisher(link.kind), error.to_string());
         let Some(wait) = pace.next_wait(None) else { return Err(error) };
         tokio::select! {
             () = tokio::time::sleep(wait) => {}

@@ -1,12 +1,12 @@
 //! Commands that come back to their queue without having been settled: which of them may be what ends
 //! its workers, how many of those are in hand at a time, and when one is given up.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::domain::command::CommandMessage;
+use crate::domain::command::{CommandKind, CommandMessage};
 
 /// A command that came back so often may be what ends its workers.
 const SUSPECT: u32 = 3;
@@ -16,9 +16,6 @@ const AT_ONCE: u32 = 16;
 
 /// One that came back so often is not executed any more; the broker's own limit is above it.
 const POISON: u32 = 20;
-
-/// How many commands are remembered that this process has had in hand and not settled.
-const REMEMBERED: usize = 10_000;
 
 /// What to do with a command that was just delivered.
 pub enum Verdict {
@@ -35,36 +32,30 @@ pub enum Verdict {
 /// Shared by all lanes.
 pub struct Suspects {
     permits: Arc<Semaphore>,
-    outlived: Mutex<Outlived>,
-}
-
-/// How often this process has had a command in hand that it did not settle, and lives.
-#[derive(Default)]
-struct Outlived {
-    times: HashMap<String, u32>,
-    oldest: VecDeque<String>,
+    /// How often each lane has given back all it had, and this process lives.
+    returns: [AtomicU32; CommandKind::ALL.len()],
 }
 
 impl Default for Suspects {
     fn default() -> Self {
         let permits = Arc::new(Semaphore::new(AT_ONCE as usize));
-        Self { permits, outlived: Mutex::default() }
+        Self { permits, returns: Default::default() }
     }
 }
 
 impl Suspects {
-    /// Judges by how often the command came back. The times that this process has outlived do not
-    /// count: it was the connection that ended then.
+    /// Judges by how often the command came back. The times that its lane gave back what it had do not
+    /// count: it was the connection that ended then, and the broker counts also what nobody has begun.
     pub fn judge(&self, message: &CommandMessage) -> Verdict {
         let came_back = message.came_back();
-        let outlived = message.producer_id().map_or(0, |id| self.outlived().of(id));
-        let deliveries = came_back.saturating_sub(outlived);
+        let outlived =
+            self.returns(message.queue).load(Ordering::Relaxed).min(message.redeliveries);
+        let deliveries = came_back - outlived;
         if deliveries >= POISON {
             return Verdict::Poison(deliveries);
         }
         // The next process would not know: a copy goes on with the count that is right.
         if came_back >= SUSPECT && outlived > 0 {
-            self.settled(message);
             return Verdict::SetAside(deliveries);
         }
         let Some(more) = deliveries.checked_sub(SUSPECT) else { return Verdict::Innocent };
@@ -76,48 +67,20 @@ impl Suspects {
         }
     }
 
-    /// It is executed now.
-    pub fn begun(&self, message: &CommandMessage) {
-        if let Some(id) = message.producer_id() {
-            self.outlived().add(id);
-        }
+    /// What this lane had been delivered goes back to its queues, and this process lives.
+    pub fn returned(&self, kind: CommandKind) {
+        self.returns(kind).fetch_add(1, Ordering::Relaxed);
     }
 
-    /// It is in this process's hands no more, in order.
-    pub fn settled(&self, message: &CommandMessage) {
-        if let Some(id) = message.producer_id() {
-            self.outlived().times.remove(id);
-        }
-    }
-
-    fn outlived(&self) -> MutexGuard<'_, Outlived> {
-        // A count that a panic elsewhere left out makes a command more suspicious, no more.
-        self.outlived.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Outlived {
-    fn of(&self, id: &str) -> u32 {
-        self.times.get(id).copied().unwrap_or_default()
-    }
-
-    fn add(&mut self, id: &str) {
-        let times = self.times.entry(id.to_owned()).or_default();
-        *times += 1;
-        if *times == 1 {
-            self.oldest.push_back(id.to_owned());
-        }
-        while self.oldest.len() > REMEMBERED
-            && let Some(oldest) = self.oldest.pop_front()
-        {
-            self.times.remove(&oldest);
-        }
+    fn returns(&self, kind: CommandKind) -> &AtomicU32 {
+        &self.returns[kind as usize]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::Earlier;
     use crate::domain::command::tests::message;
 
     fn came_back(times: u32) -> CommandMessage {
@@ -142,22 +105,14 @@ mod tests {
         let suspects = Suspects::default();
         let message = came_back(25);
         for _ in 0..24 {
-            suspects.begun(&message);
+            suspects.returned(message.queue);
         }
         assert!(matches!(suspects.judge(&message), Verdict::SetAside(1)));
-        // The copy has that count; what came before is told no more.
-        assert!(matches!(suspects.judge(&message), Verdict::Poison(25)));
-        suspects.begun(&message);
-        suspects.settled(&message);
-        assert!(matches!(suspects.judge(&message), Verdict::Poison(25)));
-    }
-
-    #[test]
-    fn what_is_remembered_has_a_bound() {
-        let mut outlived = Outlived::default();
-        for n in 0..2 * REMEMBERED {
-            outlived.add(&n.to_string());
-        }
-        assert_eq!((outlived.times.len(), outlived.oldest.len()), (REMEMBERED, REMEMBERED));
+        // The copy has that count, and was never with a lane that ended.
+        let earlier = Earlier::default().set_aside(20);
+        let copy = CommandMessage { redeliveries: 0, earlier, ..message.clone() };
+        assert!(matches!(suspects.judge(&copy), Verdict::Poison(20)));
+        let elsewhere = CommandMessage { queue: CommandKind::Get, ..message };
+        assert!(matches!(suspects.judge(&elsewhere), Verdict::Poison(25)));
     }
 }

@@ -8,7 +8,7 @@ use lapin::options::QueueBindOptions;
 use lapin::types::{AMQPValue, ByteArray, DecimalValue, FieldArray, FieldTable};
 use serde_json::{Value, json};
 
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{CONNECTIONS, Proxy};
 use crate::support::raw::{self, Producer, entry, long, short};
 use crate::support::{Received, World, submit_body, with_id};
 
@@ -340,7 +340,7 @@ async fn text_that_is_not_utf_8_in_properties_is_refused_and_blocks_nobody() {
         }
     }
     assert!(!world.submitted().await.is_empty(), "the next result is the next command's");
-    assert_eq!(proxy.accepted(), 2, "the worker has never connected again");
+    assert_eq!(proxy.accepted(), CONNECTIONS, "the worker has never connected again");
     world.finish().await;
 }
 

@@ -212,7 +212,7 @@ async fn the_submits_that_wait_are_counted_in_queues_and_delay_queues() {
     world.publish_to(&names.delay(Delay::Long), &key, b"{}", usual()).await;
     world.publish(CommandKind::Get, b"{}", usual()).await;
     let settings = call_manager::app::broker_settings(world.settings().broker);
-    let mut generation = broker::open(&settings, |_| false).await.unwrap();
+    let mut generation = broker::open(&settings, SUBMIT, 9, true, || false).await.unwrap();
     // What is received from the retry queue is in the worker's hands.
     until("it is received", async || world.queue(&names.retry_queue(SUBMIT)).await.0 == 0).await;
     assert_eq!(generation.parts().2.waiting_submits().await, Ok(2));

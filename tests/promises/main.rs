@@ -26,6 +26,7 @@ mod foreign;
 mod handler;
 mod headers;
 mod keys;
+mod lanes;
 mod ledger;
 mod ledger_faults;
 mod ledger_finish;

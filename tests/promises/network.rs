@@ -9,9 +9,9 @@ use futures_util::future::join_all;
 use crate::load::{Load, until_memory_is_back};
 use crate::process::Process;
 use crate::support::proxy::frames::{
-    CHANNEL_CLOSE, CONFIRM_SELECT_OK, CONSUME_OK, Method, Mistake,
+    CHANNEL_CLOSE, CONFIRM, CONFIRM_SELECT_OK, CONSUME_OK, DELIVER, Method, Mistake,
 };
-use crate::support::proxy::{Hole, Proxy, Towards};
+use crate::support::proxy::{CONNECTIONS, Hole, Proxy, Towards};
 use crate::support::wait::until_within;
 use crate::support::{World, until};
 
@@ -121,7 +121,7 @@ async fn a_slow_way_to_the_broker_costs_time_only() {
     let mut trial = slow("broker, 200 ms each way").await;
     trial.publish(150).await;
     trial.load.until_all_answered().await;
-    assert_eq!(trial.proxy.accepted(), 2, "slow is not lost");
+    assert_eq!(trial.proxy.accepted(), CONNECTIONS, "slow is not lost");
     trial.proxy.heal();
     trial.finish().await;
 }
@@ -138,7 +138,8 @@ pub async fn silence(towards: Towards, hole: Hole, query: &str) {
     trial.publish(20).await;
     // By two heartbeats, or by the limit on a confirm; twice as long, where the time is just over.
     let limit = Duration::from_secs(60);
-    until_within(limit, "the worker connects again", async || trial.proxy.accepted() > 2).await;
+    let again = async || trial.proxy.accepted() > CONNECTIONS;
+    until_within(limit, "the worker connects again", again).await;
     trial.proxy.heal();
     trial.load.until_all_answered().await;
     trial.world.until_consuming().await;
@@ -206,29 +207,34 @@ async fn a_connection_cut_while_the_worker_begins_it_loses_nothing() {
 }
 
 /// The broker closes each channel that the worker has got by this method, one after the other.
-async fn closed_channels(opened_with: Method, mistake: Mistake) {
+async fn closed_channels((opened_with, traffic): (Method, Method), mistake: Mistake) {
     let name = format!("broker, {mistake:?} on the channels of {opened_with:?}");
     let mut trial = Trial::of_broker("", &name).await;
-    // Of the newest two connections, the one that has them, and each channel once.
-    let of_newest = |proxy: &Proxy| {
-        let newest = [proxy.accepted() - 1, proxy.accepted()];
-        let all = newest.map(|number| (number, proxy.channels(number, opened_with)));
-        let (number, mut channels) = all.into_iter().find(|(_, all)| !all.is_empty()).unwrap();
+    let of = |proxy: &Proxy, number| {
+        let mut channels = proxy.channels(number, opened_with);
         channels.sort_unstable();
         channels.dedup();
-        (number, channels)
+        channels
     };
-    for nth in 0..of_newest(&trial.proxy).1.len() {
+    // Of the lane of submits, which has all the load.
+    let busiest = (1..=CONNECTIONS).max_by_key(|n| trial.proxy.channels(*n, traffic).len());
+    let mut number = busiest.unwrap();
+    let channels = of(&trial.proxy, number).len();
+    assert!(channels > 0);
+    for nth in 0..channels {
         trial.under_load(40, 10).await;
         let proxy = &trial.proxy;
         let served = proxy.accepted();
-        let (number, channels) = of_newest(proxy);
-        proxy.make(&mistake, number, channels[nth]);
-        let closed = async || proxy.channels(number, CHANNEL_CLOSE) == [channels[nth]];
+        let channel = of(proxy, number)[nth];
+        proxy.make(&mistake, number, channel);
+        let closed = async || proxy.channels(number, CHANNEL_CLOSE) == [channel];
         until("the broker closes the channel", closed).await;
         until("both connections are made again", async || proxy.accepted() >= served + 2).await;
         trial.load.until_all_answered().await;
         trial.world.until_consuming().await;
+        let newest = [trial.proxy.accepted() - 1, trial.proxy.accepted()];
+        let of_newest = newest.into_iter().find(|number| !of(&trial.proxy, *number).is_empty());
+        number = of_newest.expect("the lane has the newest two connections");
     }
     trial.finish().await;
 }
@@ -237,12 +243,12 @@ const MISTAKES: [Mistake; 2] = [Mistake::NotFound, Mistake::PreconditionFailed];
 
 #[tokio::test]
 async fn a_lane_whose_channel_the_broker_closes_is_rebuilt() {
-    join_all(MISTAKES.map(|mistake| closed_channels(CONSUME_OK, mistake))).await;
+    join_all(MISTAKES.map(|mistake| closed_channels((CONSUME_OK, DELIVER), mistake))).await;
 }
 
 #[tokio::test]
 async fn a_publisher_whose_channel_the_broker_closes_is_rebuilt() {
-    join_all(MISTAKES.map(|mistake| closed_channels(CONFIRM_SELECT_OK, mistake))).await;
+    join_all(MISTAKES.map(|mistake| closed_channels((CONFIRM_SELECT_OK, CONFIRM), mistake))).await;
 }
 
 const SHORT: &str = "1s";

@@ -8,7 +8,7 @@ use lapin::options::QueueDeleteOptions;
 use secrecy::ExposeSecret as _;
 use serde_json::json;
 
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{CONNECTIONS, Proxy};
 use crate::support::{World, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
@@ -39,19 +39,20 @@ async fn a_cut_while_a_submit_is_at_the_vendor_makes_no_second_batch() {
         answered.insert(result.command_id());
     }
     assert_eq!(world.sandbox.batches().len(), 20);
-    assert!(proxy.accepted() >= 4, "two connections before the cut and two after it");
+    assert!(proxy.accepted() >= 2 + CONNECTIONS, "those of the submits are made again");
     world.finish().await;
 }
 
 #[tokio::test]
-async fn either_connection_is_missed_at_once_and_both_are_rebuilt() {
-    for number in [1, 2] {
+async fn any_connection_is_missed_at_once_and_those_of_its_lane_are_rebuilt() {
+    for number in 1..=CONNECTIONS {
         let (mut world, proxy) = behind_proxy().await;
         proxy.cut_only(number);
         // Idle: nothing is published or acknowledged that could find the connection gone.
-        until("both are connected again", async || proxy.accepted() >= 4).await;
+        until("both are made again", async || proxy.accepted() == CONNECTIONS + 2).await;
         world.until_consuming().await;
         assert!(!world.submitted().await.is_empty());
+        assert_eq!(proxy.accepted(), CONNECTIONS + 2, "the other lanes keep theirs");
         world.finish().await;
     }
 }

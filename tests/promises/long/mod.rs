@@ -6,6 +6,7 @@ mod expiration;
 #[cfg(feature = "crash-points")]
 mod finisher;
 mod headers;
+mod lanes;
 mod network;
 mod nodes;
 mod outage;

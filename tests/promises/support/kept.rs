@@ -61,7 +61,7 @@ impl World {
         (self.connection, self.channel, self.results) = there;
     }
 
-    async fn connected_again(&self) -> lapin::Result<(Connection, Channel, Consumer)> {
+    async fn connected_again(&self) -> anyhow::Result<(Connection, Channel, Consumer)> {
         let connection = Connection::connect(&self.url, ConnectionProperties::default()).await?;
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;

@@ -65,7 +65,7 @@ pub struct World {
     pub channel: Channel,
     prefix: String,
     url: String,
-    connection: Connection,
+    pub connection: Connection,
     results: Consumer,
     /// Of a world with a broker of its own: the queue that keeps the results.
     kept: Option<String>,

@@ -50,6 +50,7 @@ struct Impairment {
     delay: Duration,
     hole: Option<Hole>,
     cut_after: Option<usize>,
+    breaks_on: Option<&'static [u8]>,
 }
 
 pub struct Proxy {
@@ -71,6 +72,9 @@ struct Shared {
     frames: broadcast::Sender<Frame>,
     methods: Arc<Mutex<Vec<Passed>>>,
 }
+
+/// How many connections a worker has: two for each kind of command.
+pub const CONNECTIONS: usize = 6;
 
 impl Proxy {
     /// In front of the broker, with the `AMQP_URL` that leads through it.
@@ -160,7 +164,12 @@ impl Proxy {
         self.impair(towards, |line| line.cut_after = Some(bytes));
     }
 
-    /// Connections that broke after so many bytes.
+    /// From now on, a connection breaks that would pass these bytes on to the client.
+    pub fn breaks_on(&self, bytes: &'static [u8]) {
+        self.impair(Towards::Client, |line| line.breaks_on = Some(bytes));
+    }
+
+    /// Connections that broke after so many bytes, or on some.
     pub fn broken(&self) -> usize {
         self.shared.broken.load(Ordering::SeqCst)
     }

@@ -8,6 +8,9 @@ pub type Method = (u16, u16);
 
 pub const CHANNEL_CLOSE: Method = (20, 40);
 pub const CONSUME_OK: Method = (60, 21);
+pub const DELIVER: Method = (60, 60);
+/// The broker's acknowledgement of a publish.
+pub const CONFIRM: Method = (60, 80);
 pub const CONFIRM_SELECT_OK: Method = (85, 11);
 const PUBLISH: Method = (60, 40);
 

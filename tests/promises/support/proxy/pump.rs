@@ -25,7 +25,7 @@ pub struct Frame {
 pub struct Line {
     pub number: usize,
     pub impairment: watch::Receiver<Impairment>,
-    /// Counts what `cut_after` has broken.
+    /// Counts what `cut_after` and `breaks_on` have broken.
     pub broken: Arc<AtomicUsize>,
     pub amqp: Option<Amqp>,
 }
@@ -69,7 +69,7 @@ async fn take(mut from: OwnedReadHalf, to: mpsc::Sender<Step>, line: Line) -> io
     let mut buffer = vec![0; 16 * 1024];
     let (mut passed, mut lossy) = (0, false);
     loop {
-        let Impairment { delay, hole, cut_after } = *impairment.borrow_and_update();
+        let Impairment { delay, hole, cut_after, breaks_on } = *impairment.borrow_and_update();
         if lossy && hole != Some(Hole::Swallows) {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
@@ -108,6 +108,10 @@ async fn take(mut from: OwnedReadHalf, to: mpsc::Sender<Step>, line: Line) -> io
             return std::future::pending().await;
         }
         passed += read;
+        if breaks_on.is_some_and(|some| bytes.windows(some.len()).any(|window| window == some)) {
+            to.send(Step::Break).await.map_err(|_| io::ErrorKind::BrokenPipe)?;
+            return std::future::pending().await;
+        }
         if let Some(amqp) = &amqp {
             let end = frames.follow(&bytes, |channel, method, arguments| {
                 if let Amqp::ToClient(methods) = amqp {
