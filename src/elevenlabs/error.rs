@@ -153,6 +153,23 @@ impl Error {
         }
     }
 
+    /// The end of a cancel whose batch has ended: asked again, it would be answered no better.
+    #[must_use]
+    pub fn of_ended(self, batch_status: &str) -> Self {
+        let told = |message| format!("{message} (the batch is {batch_status})");
+        match self {
+            Self::Refused { status, message, request_id } if !matches!(status, 401 | 403 | 404) => {
+                Self::Refused { status, message: told(message), request_id }
+            }
+            // What was refused for another reason, or not at all, is refused by what the batch is.
+            Self::Refused { message, request_id, .. }
+            | Self::Inconclusive { message, request_id, .. } => {
+                Self::Refused { status: 409, message: told(message), request_id }
+            }
+            other => other,
+        }
+    }
+
     /// A 2xx to a submit that is not about the batch that was sent: who knows who answered.
     pub fn another_batch() -> Self {
         Self::unreadable("it is not about the batch that was sent")

@@ -20,6 +20,9 @@ use super::{Handled, Handler, Stopping, Then, Tried, answered, outcome, then};
 const LOOKING: Policy =
     Policy { initial: Duration::from_millis(50), max: Duration::from_millis(500), horizon: None };
 
+/// What a batch is in which nobody is called any more, but for `cancelled`.
+const ENDED: [&str; 2] = ["completed", "failed"];
+
 /// The end of a series of attempts.
 enum Attempts {
     /// ElevenLabs does not know a batch that the ledger knows.
@@ -112,14 +115,18 @@ impl Handler {
         }
     }
 
-    /// A cancel that finds the batch already cancelled has what it wanted.
+    /// A cancel that finds the batch already cancelled has what it wanted. One that finds it ended in
+    /// another way has its answer: there is nothing left to cancel.
     pub(super) async fn cancel(&self, id: &BatchId) -> Result<Answer, Error> {
         let refused = match self.vendor.cancel(id).await {
-            Err(error @ (Error::Refused { .. } | Error::Inconclusive { status: 409, .. })) => error,
+            Err(error @ (Error::Refused { .. } | Error::Inconclusive { .. })) => error,
             other => return other,
         };
         match self.vendor.get(id).await {
             Ok(batch) if batch.status.as_deref() == Some("cancelled") => Ok(batch),
+            Ok(Answer { status: Some(status), .. }) if ENDED.contains(&status.as_str()) => {
+                Err(refused.of_ended(&status))
+            }
             // It is there: that it is not is no answer.
             Ok(_) if matches!(refused, Error::Refused { status: 404, .. }) => {
                 Err(refused.contradicted())
