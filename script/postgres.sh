@@ -19,6 +19,7 @@ ensure_postgres() {
         fi
         say "postgres: none answers at $host port $port, so this run gets a private one"
     fi
+    choose_postgres
     find_postgres || install_packages "PostgreSQL is not installed" postgresql
     find_postgres || die "postgresql was installed, but its programs are not in $POSTGRES_LIB/<version>/bin"
     start_private_postgres
@@ -36,6 +37,23 @@ speaks_postgres() {
     [[ $answer == [SN] ]]
 }
 
+# What a command is put behind to run where the programs are, and that place: both empty for the packaged ones.
+POSTGRES_INSIDE=()
+POSTGRES_ROOT=
+
+# With RabbitMQ 4.3 goes PostgreSQL 18, from the same folder. Without root a process in there is root in a namespace of
+# users, which PostgreSQL refuses, and a chroot allows no further namespace: then the packaged one it is.
+choose_postgres() {
+    if [[ -z ${CALL_MANAGER_RABBITMQ:-} ]]; then return; fi
+    if ((EUID != 0)); then
+        say "postgres: the packaged one, as that of ${RABBITMQ_4#"$ROOT"/} takes root"
+        return
+    fi
+    ensure_rabbitmq
+    POSTGRES_INSIDE=("${INSIDE[@]}")
+    POSTGRES_ROOT=$RABBITMQ_ROOT
+}
+
 # The programs of the newest version, in $POSTGRES_BIN. They are not on the PATH, whose wrappers (pg_ctlcluster and
 # others) manage the system's own servers.
 readonly POSTGRES_LIB=/usr/lib/postgresql
@@ -43,10 +61,10 @@ find_postgres() {
     local bin
     while read -r bin; do
         if [[ -x $bin/initdb && -x $bin/postgres && -x $bin/pg_isready ]]; then
-            POSTGRES_BIN=$bin
+            POSTGRES_BIN=${bin#"$POSTGRES_ROOT"}
             return
         fi
-    done < <(printf '%s\n' "$POSTGRES_LIB"/*/bin | sort --version-sort --reverse)
+    done < <(printf '%s\n' "$POSTGRES_ROOT$POSTGRES_LIB"/*/bin | sort --version-sort --reverse)
     return 1
 }
 
@@ -61,18 +79,23 @@ start_private_postgres() {
     port=$REPLY
 
     make_postgres_data "$home" "$port"
-    # SIGTERM would wait for every client to leave; SIGINT shows them out, and is a clean stop too. It is also what the
-    # kernel sends if this script is killed: that setting does not outlive a change of user, hence once more.
-    start 20 setpriv --pdeathsig INT "${POSTGRES_IDS[@]}" "${POSTGRES_ENVIRONMENT[@]}" \
-        "$POSTGRES_BIN/postgres" -D "$home/data" >"$home/postgres.log" 2>&1
+    run_postgres "$home"
     pid=$!
-    stops_with INT
     wait_until 60 "$pid" "$home/postgres.log" "the private PostgreSQL" postgres_is_ready "$port"
 
     # shellcheck disable=SC2034 # read by the scripts
     POSTGRES_IS_PRIVATE=yes
     export POSTGRES_URL=postgres://call-manager@127.0.0.1:$port/call-manager
     say "postgres: private server at 127.0.0.1 port $port, in ${home#"$ROOT"/}"
+}
+
+# run_postgres <home>: starts the server in the background; its pid is in $!.
+run_postgres() {
+    # SIGTERM would wait for every client to leave; SIGINT shows them out, and is a clean stop too. It is also what the
+    # kernel sends if this script is killed: that setting does not outlive a change of user, hence once more.
+    start 20 "${POSTGRES_INSIDE[@]}" setpriv --pdeathsig INT "${POSTGRES_IDS[@]}" "${POSTGRES_ENVIRONMENT[@]}" \
+        "$POSTGRES_BIN/postgres" -D "$1/data" >>"$1/postgres.log" 2>&1
+    stops_with INT
 }
 
 # PostgreSQL refuses to run as root: the package's user runs it then. Sets the id of the server's user, $POSTGRES_OWNER,
@@ -82,9 +105,11 @@ choose_postgres_user() {
     POSTGRES_OWNER=$EUID
     POSTGRES_IDS=()
     if ((EUID != 0)); then return; fi
-    id -u "$user" >/dev/null 2>&1 || user=nobody
-    POSTGRES_OWNER=$(id -u "$user")
-    POSTGRES_IDS=(--reuid "$POSTGRES_OWNER" --regid "$(id -g "$user")" --clear-groups)
+    # Of the users that the programs see: initdb looks up its own name.
+    local id=("${POSTGRES_INSIDE[@]}" id)
+    "${id[@]}" -u "$user" >/dev/null 2>&1 || user=nobody
+    POSTGRES_OWNER=$("${id[@]}" -u "$user")
+    POSTGRES_IDS=(--reuid "$POSTGRES_OWNER" --regid "$("${id[@]}" -g "$user")" --clear-groups)
 }
 
 # No PGHOST, PGOPTIONS and the like of the person's shell, and a working directory that every user may be in.
@@ -92,7 +117,9 @@ readonly POSTGRES_ENVIRONMENT=(env -i --chdir=/ PATH=/usr/local/bin:/usr/bin:/bi
 
 # as_postgres <command…>: as the server's user. No signal to this script reaches the command, which takes a second or
 # two: initdb, when it is interrupted, leaves shared memory behind.
-as_postgres() { setsid --wait setpriv "${POSTGRES_IDS[@]}" "${POSTGRES_ENVIRONMENT[@]}" "$@"; }
+as_postgres() {
+    setsid --wait "${POSTGRES_INSIDE[@]}" setpriv "${POSTGRES_IDS[@]}" "${POSTGRES_ENVIRONMENT[@]}" "$@"
+}
 
 # A directory of this run whose way the server's user may go, in $REPLY.
 make_postgres_home() {

@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# RabbitMQ 4 beside the packaged one: from a later release of Debian, in a folder of its own that is built once.
+# RabbitMQ 4.3 and PostgreSQL 18 beside the packaged ones: from a later release of Debian, in a folder of its own that
+# is built once.
 
-# The release that has RabbitMQ 4, and the folder with its root directory.
-readonly RABBITMQ_4_RELEASE=trixie
-readonly RABBITMQ_4=$ROOT/target/rabbitmq-4
+# The release that has RabbitMQ 4.3, and the folder with its root directory. The folder is named after the version, so
+# that one with another version is never taken for it.
+readonly RABBITMQ_4_RELEASE=forky
+readonly RABBITMQ_4=$ROOT/target/rabbitmq-4.3
 
 # Sees to the folder, and sets what it takes to run something there.
 ensure_rabbitmq_4() {
@@ -39,22 +41,27 @@ readonly ENTER='
 build_rabbitmq_4() {
     local mirror part=$RABBITMQ_4.part
     mkdir -p -- "$ROOT/target"
-    lock rabbitmq-4
+    lock rabbitmq-4.3
     if find_rabbitmq; then
         unlock
         return
     fi
-    become_root || die "RabbitMQ 4 is installed into ${RABBITMQ_4#"$ROOT"/} once, which takes root or a sudo without a" \
-        "password, and there is neither. Run script/test --rabbitmq 4 as root, or without --rabbitmq"
+    become_root || die "RabbitMQ 4.3 is installed into ${RABBITMQ_4#"$ROOT"/} once, which takes root or a sudo without" \
+        "a password, and there is neither. Run script/test --rabbitmq 4 as root, or without --rabbitmq"
     command -v debootstrap >/dev/null || install_packages "debootstrap is not installed" debootstrap
     mirror=$(debian_mirror)
     say "building ${RABBITMQ_4#"$ROOT"/}: Debian $RABBITMQ_4_RELEASE from $mirror, some minutes"
 
-    local log=$STATE/rabbitmq-4.log
+    local log=$STATE/rabbitmq-4.3.log
+    # A debootstrap that is older than the release does not know its name. All of them are built as sid is.
+    local recipe=()
+    local recipes=/usr/share/debootstrap/scripts
+    if [[ ! -e $recipes/$RABBITMQ_4_RELEASE ]]; then recipe=("$recipes/sid"); fi
     run "${AS_ROOT[@]}" rm -rf -- "$part"
-    run "${AS_ROOT[@]}" debootstrap --variant=minbase "$RABBITMQ_4_RELEASE" "$part" "$mirror" >"$log" 2>&1 ||
+    run "${AS_ROOT[@]}" debootstrap --variant=minbase "$RABBITMQ_4_RELEASE" "$part" "$mirror" "${recipe[@]}" \
+        >"$log" 2>&1 ||
         rabbitmq_4_failed "$log" "debootstrap could not install Debian $RABBITMQ_4_RELEASE from $mirror"
-    say "building ${RABBITMQ_4#"$ROOT"/}: the package rabbitmq-server"
+    say "building ${RABBITMQ_4#"$ROOT"/}: the packages rabbitmq-server and postgresql"
     # shellcheck disable=SC2016 # expanded by the inner shell
     run "${AS_ROOT[@]}" unshare --mount bash -c "$ENTER" enter "$part" /tmp/ bash -c '
         set -e
@@ -63,10 +70,17 @@ build_rabbitmq_4() {
         printf "#!/bin/sh\nexit 101\n" >/usr/sbin/policy-rc.d
         chmod 755 /usr/sbin/policy-rc.d
         grep -qw localhost /etc/hosts 2>/dev/null || echo "127.0.0.1 localhost" >>/etc/hosts
-        apt-get -q -y update
-        apt-get -q -y install --no-install-recommends rabbitmq-server
+        # Nor a cluster of PostgreSQL: each run makes a server of its own.
+        mkdir -p /etc/postgresql-common
+        echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
+        # The index of a release in the making expires after a week, and a mirror may be behind. debootstrap took the
+        # same index whatever its date. Signatures are still checked. Only tests on this machine reach these servers.
+        apt-get -q -y -o Acquire::Check-Valid-Until=false update
+        # The file above is kept, instead of a question about it.
+        apt-get -q -y -o Dpkg::Options::=--force-confold install --no-install-recommends \
+            rabbitmq-server postgresql
         apt-get clean
-    ' >>"$log" 2>&1 || rabbitmq_4_failed "$log" "rabbitmq-server could not be installed in $part"
+    ' >>"$log" 2>&1 || rabbitmq_4_failed "$log" "rabbitmq-server and postgresql could not be installed in $part"
     "${AS_ROOT[@]}" mv -T -- "$part" "$RABBITMQ_4"
     unlock
 }
@@ -82,7 +96,7 @@ debian_mirror() {
     # shellcheck disable=SC2016 # fields of apt
     mirror=$(apt-get indextargets --format '$(ORIGIN) $(CODENAME) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
         awk '$1 == "Debian" && $2 !~ /-/ { print $3; exit }')
-    [[ -n $mirror ]] || die "RabbitMQ 4 comes from a mirror of Debian, and none is in /etc/apt/sources.list or" \
+    [[ -n $mirror ]] || die "RabbitMQ 4.3 comes from a mirror of Debian, and none is in /etc/apt/sources.list or" \
         "/etc/apt/sources.list.d (if one is: run apt-get update)"
     printf '%s\n' "$mirror"
 }
