@@ -276,8 +276,7 @@ impl Publisher {
     ) -> lapin::Result<Confirmation> {
         // Never closed, so an error cannot come; the permit is what matters.
         let _turn = turn.acquire().await;
-        let idle = self.idle_channels.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let channel = match idle {
+        let channel = match self.idle_channel() {
             Some(channel) => channel,
             None => confirming_channel(&self.connection).await?,
         };
@@ -288,6 +287,12 @@ impl Publisher {
         // Only a channel that is still good goes back: a refused permission closes it.
         self.idle_channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
         Ok(confirmation)
+    }
+
+    /// One that the broker has not closed meanwhile.
+    fn idle_channel(&self) -> Option<Channel> {
+        let mut idle = self.idle_channels.lock().unwrap_or_else(PoisonError::into_inner);
+        std::iter::from_fn(|| idle.pop()).find(|channel| channel.status().connected())
     }
 
     fn note_confirm(&self) {

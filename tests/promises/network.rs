@@ -225,13 +225,19 @@ async fn closed_channels((opened_with, traffic): (Method, Method), mistake: Mist
         trial.under_load(40, 10).await;
         let proxy = &trial.proxy;
         let served = proxy.accepted();
-        let channel = of(proxy, number)[nth];
+        // After it was rebuilt, it may have fewer.
+        let Some(channel) = of(proxy, number).get(nth).copied() else { break };
         proxy.make(&mistake, number, channel);
-        let closed = async || proxy.channels(number, CHANNEL_CLOSE) == [channel];
+        let closed = async || proxy.channels(number, CHANNEL_CLOSE).contains(&channel);
         until("the broker closes the channel", closed).await;
-        until("both connections are made again", async || proxy.accepted() >= served + 2).await;
+        // The first is the lane's own; one that nothing waits on is replaced when it is needed.
+        let is_again = async || nth > 0 || proxy.accepted() >= served + 2;
+        until("both connections are made again", is_again).await;
         trial.load.until_all_answered().await;
         trial.world.until_consuming().await;
+        if trial.proxy.accepted() == served {
+            continue;
+        }
         let newest = [trial.proxy.accepted() - 1, trial.proxy.accepted()];
         let of_newest = newest.into_iter().find(|number| !of(&trial.proxy, *number).is_empty());
         number = of_newest.expect("the lane has the newest two connections");
