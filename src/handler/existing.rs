@@ -123,7 +123,16 @@ impl Handler {
             other => return other,
         };
         match self.vendor.get(id).await {
-            Ok(batch) if batch.status.as_deref() == Some("cancelled") => Ok(batch),
+            // An answer that says nothing may come of a cancel that is still under way.
+            Ok(batch)
+                if batch.status.as_deref() == Some("cancelled")
+                    && matches!(
+                        refused,
+                        Error::Refused { .. } | Error::Inconclusive { status: 409, .. }
+                    ) =>
+            {
+                Ok(batch)
+            }
             Ok(Answer { status: Some(status), .. }) if ENDED.contains(&status.as_str()) => {
                 Err(refused.of_ended(&status))
             }
