@@ -119,20 +119,11 @@ impl Handler {
     /// another way has its answer: there is nothing left to cancel.
     pub(super) async fn cancel(&self, id: &BatchId) -> Result<Answer, Error> {
         let refused = match self.vendor.cancel(id).await {
-            Err(error @ (Error::Refused { .. } | Error::Inconclusive { .. })) => error,
+            Err(error @ (Error::Refused { .. } | Error::Inconclusive { status: 409, .. })) => error,
             other => return other,
         };
         match self.vendor.get(id).await {
-            // An answer that says nothing may come of a cancel that is still under way.
-            Ok(batch)
-                if batch.status.as_deref() == Some("cancelled")
-                    && matches!(
-                        refused,
-                        Error::Refused { .. } | Error::Inconclusive { status: 409, .. }
-                    ) =>
-            {
-                Ok(batch)
-            }
+            Ok(batch) if batch.status.as_deref() == Some("cancelled") => Ok(batch),
             Ok(Answer { status: Some(status), .. }) if ENDED.contains(&status.as_str()) => {
                 Err(refused.of_ended(&status))
             }
