@@ -7,6 +7,7 @@ use tokio::time::sleep;
 use crate::process::Process;
 use crate::row::Row;
 use crate::support::node::Node;
+use crate::support::proxy::CONNECTIONS;
 use crate::support::{World, until};
 
 const A_MINUTE: Duration = Duration::from_secs(60);
@@ -92,10 +93,12 @@ async fn a_broker_that_is_frozen_for_a_minute_under_load() {
     // In the midst of what the worker tries meanwhile.
     sleep(A_MINUTE.saturating_sub(frozen.elapsed())).await;
     assert_eq!(row.worker.ready().await.0, 503, "as long as it is frozen");
-    // Of each attempt one to consume and one to publish: those of the third, and of the second as long
-    // as its threads take to end.
+    // Those of the third attempt of each lane, and of the second as long as its threads take to end.
     let open = row.worker.connections_to(row.node.port());
-    assert!(open <= 4, "{open} connections are open: those that were given up are kept");
+    assert!(
+        open <= 2 * CONNECTIONS,
+        "{open} connections are open: those that were given up are kept"
+    );
     row.node.thaw();
     let thawed = Instant::now();
     until_ready(&row.worker).await;
