@@ -165,28 +165,18 @@ impl Topology {
     pub(super) async fn check(&self, place: &Place<'_>) -> Result<Seen, Error> {
         let mut seen = Seen::default();
         let (exchanges, queues) = self.of_former(true, place.kind);
+        let mut channel = place.channel().await?;
         for exchange in exchanges {
             let name = exchange.name.clone();
-            let channel = place.channel().await?;
-            match declare_exchange(&channel, exchange, true).await {
-                Ok(()) => channel.close(200, "seen".into()).await.map_err(|e| place.of(e))?,
-                Err(error) => {
-                    let error = missing(error, place.at, "exchange", name.clone());
-                    seen.flaws.push(self.flaw(place, &name, error)?);
-                }
-            }
+            let found = declare_exchange(&channel, exchange, true).await;
+            self.note(place, found, ("exchange", name), &mut seen.flaws, &mut channel).await?;
         }
         for queue in queues {
             let name = queue.name.clone();
-            let channel = place.channel().await?;
-            match declare_queue(&channel, queue, true).await {
-                Ok(()) => channel.close(200, "seen".into()).await.map_err(|e| place.of(e))?,
-                Err(error) => {
-                    let error = missing(error, place.at, "queue", name.clone());
-                    seen.flaws.push(self.flaw(place, &name, error)?);
-                }
-            }
+            let found = declare_queue(&channel, queue, true).await;
+            self.note(place, found, ("queue", name), &mut seen.flaws, &mut channel).await?;
         }
+        channel.close(200, "checked".into()).await.map_err(|e| place.of(e))?;
         seen.has_canary = self.has_new(place.connection).await.map_err(|e| place.of(e))?;
         match self.compare(place, seen.has_canary).await {
             Ok(flaws) => seen.flaws.extend(flaws),
@@ -200,6 +190,23 @@ impl Topology {
             Err(error) => return Err(error),
         }
         Ok(seen)
+    }
+
+    /// Keeps what was not found for a flaw, where the lane does without it. The broker has closed the
+    /// channel then, and another one takes its place.
+    async fn note(
+        &self,
+        place: &Place<'_>,
+        found: lapin::Result<()>,
+        (what, name): (&'static str, String),
+        flaws: &mut Vec<Error>,
+        channel: &mut Channel,
+    ) -> Result<(), Error> {
+        let Err(error) = found else { return Ok(()) };
+        let error = missing(error, place.at, what, name.clone());
+        flaws.push(self.flaw(place, &name, error)?);
+        *channel = place.channel().await?;
+        Ok(())
     }
 
     /// Whether there is what the former version did not have, and the user may see it.
