@@ -322,7 +322,8 @@ impl Worker {
         Some(reason.unwrap_or_else(|| "a result could not be published or settled".to_owned()))
     }
 
-    /// The same after a while, whatever becomes of the cancels, and of their lane.
+    /// When the vendor is back: closes the breaker after a while, whatever becomes of the cancels that
+    /// waited, and of their lane.
     async fn close_breaker(&self) {
         let mut intake = self.shared.intake();
         loop {
