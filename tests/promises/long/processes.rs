@@ -52,7 +52,7 @@ async fn goes_on(worker: &Process, world: &World, load: &mut Load, consumers_the
     let began = Instant::now();
     worker.thaw();
     // Its connections are gone, which it learns first.
-    worker.until_logged("the broker is lost").await;
+    worker.until_logged("the lane is lost").await;
     until_within(SOON, "it consumes again", async || consumers(world).await == consumers_then)
         .await;
     eprintln!("it consumes again after {:.1?}", began.elapsed());
