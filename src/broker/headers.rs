@@ -9,8 +9,8 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use crate::domain::command::CommandKind;
 use crate::domain::{Earlier, misspelt};
 
+use super::inbound::CUT;
 use super::topology::{Delay, Topology};
-use super::utf8::CUT;
 
 /// A frame, less the other properties and what is added to a copy: 7 KB.
 const MAX_HEADERS_BYTES: usize = 124_000;

@@ -7,13 +7,13 @@ mod declare;
 mod definitions;
 mod delay;
 mod headers;
+mod inbound;
 mod publisher;
 mod pulse;
 mod requester;
 mod tls;
 mod topology;
 mod transport;
-mod utf8;
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The byte stream below a connection: TCP, TLS where the URL says so, and on top the [`Utf8Filter`].
+//! The byte stream below a connection: TCP, TLS where the URL says so, and on top the [`Inbound`].
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::SocketAddr;
@@ -18,8 +18,8 @@ use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use super::inbound::Inbound;
 use super::tls::{self, TlsFiles};
-use super::utf8::Utf8Filter;
 
 /// Connects as [`Connection::connect_uri`] does, over a filtered stream. Dropped before its end, it
 /// closes the stream.
@@ -95,14 +95,14 @@ impl Reactor for Filtering {
 /// A stream that is filtered on its way in, and fails when it is abandoned.
 struct Filtered {
     stream: TcpOrTls,
-    filter: Utf8Filter,
+    filter: Inbound,
     abandoned: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl Filtered {
     fn new(stream: TcpOrTls, abandoned: CancellationToken) -> Self {
         let abandoned = Box::pin(abandoned.cancelled_owned());
-        Self { stream, filter: Utf8Filter::default(), abandoned }
+        Self { stream, filter: Inbound::default(), abandoned }
     }
 
     fn below(self: Pin<&mut Self>) -> Pin<&mut TcpOrTls> {

@@ -69,7 +69,7 @@ fn full_header(text: &[u8]) -> Vec<u8> {
 /// What comes out where the source gives at most as many bytes as the next of `cuts`, and now and
 /// then none, to a reader with a buffer of `room` bytes.
 fn passed(mut input: &[u8], cuts: impl IntoIterator<Item = usize>, room: usize) -> Vec<u8> {
-    let mut filter = Utf8Filter::default();
+    let mut filter = Inbound::default();
     let (mut output, mut into) = (Vec::new(), vec![0; room]);
     let mut cuts = cuts.into_iter().chain(iter::repeat(usize::MAX));
     loop {
@@ -152,7 +152,7 @@ fn other_methods_and_what_is_no_amqp_pass_as_they_are() {
 #[test]
 fn a_body_is_handed_on_as_soon_as_it_comes_and_is_never_held() {
     let large = frame(BODY, &vec![0xff; 128 * 1024]);
-    let mut filter = Utf8Filter::default();
+    let mut filter = Inbound::default();
     let mut into = vec![0; large.len()];
     let first = filter.poll_read(&mut into, |into| {
         into[..5000].copy_from_slice(&large[..5000]);
@@ -165,7 +165,7 @@ fn a_body_is_handed_on_as_soon_as_it_comes_and_is_never_held() {
 #[test]
 fn a_header_of_more_than_16_mebibytes_is_an_error_and_not_memory() {
     let mut into = [0; 100];
-    let read = Utf8Filter::default().poll_read(&mut into, |into| {
+    let read = Inbound::default().poll_read(&mut into, |into| {
         into[..7].copy_from_slice(b"\x02\0\x01\xff\0\0\0");
         Poll::Ready(Ok(7))
     });

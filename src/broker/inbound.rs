@@ -43,7 +43,7 @@ const MAX_DEPTH: usize = 32;
 /// Bodies pass as they come. Method and content header frames are corrected where they lie in the
 /// caller's buffer; one that is cut in two by the end of a read is held back until it is whole.
 #[derive(Debug, Default)]
-pub struct Utf8Filter {
+pub struct Inbound {
     /// Bytes that pass untouched before the next frame begins.
     passing: u64,
     /// A frame of which only `filled` bytes are here; as long as it is known that it has to be.
@@ -63,7 +63,7 @@ enum Frame {
     Whole(usize),
 }
 
-impl Utf8Filter {
+impl Inbound {
     /// Fills `into` with what may be handed on, taken from `source`; 0 is the end of the stream.
     pub fn poll_read(
         &mut self,
@@ -342,5 +342,5 @@ fn substitute(mut text: &mut [u8]) {
 }
 
 #[cfg(test)]
-#[path = "utf8_tests.rs"]
+#[path = "inbound_tests.rs"]
 mod tests;
