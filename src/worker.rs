@@ -455,7 +455,7 @@ impl Worker {
 
 impl Shared {
     fn intake(&self) -> Intake {
-        Intake::new(self.handler.breaker().watch(), self.handler.ledger_trouble())
+        Intake::new(&self.handler)
     }
 
     fn consuming_since(&self) -> MutexGuard<'_, [Option<Instant>; CommandKind::ALL.len()]> {

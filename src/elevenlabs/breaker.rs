@@ -73,7 +73,7 @@ const fn limit(class: Class) -> u32 {
         Class::NeverSent => 3,
         Class::RateLimited | Class::Unknown => 5,
         // The answers of a vendor that works; a refused key is found out by a probe.
-        Class::Refused | Class::Unauthorized => u32::MAX,
+        Class::Refused | Class::Unauthorized | Class::Account => u32::MAX,
     }
 }
 
@@ -104,7 +104,7 @@ impl Breaker {
             return;
         };
         let class = error.class();
-        if matches!(class, Class::Refused | Class::Unauthorized) {
+        if matches!(class, Class::Refused | Class::Unauthorized | Class::Account) {
             self.failures.store(0, Ordering::Relaxed);
             return;
         }

@@ -18,6 +18,8 @@ pub enum Class {
     Refused,
     /// The vendor will not do it for this key: 401, 403.
     Unauthorized,
+    /// The vendor will not do it for this account: no credits, a quota, a missing agreement.
+    Account,
     /// The vendor turned it away for load: sending it again later is safe.
     RateLimited,
     /// It may or may not have been done.
@@ -30,6 +32,7 @@ impl Class {
         match status {
             200..=299 => None,
             401 | 403 => Some(Self::Unauthorized),
+            402 => Some(Self::Account),
             429 => Some(Self::RateLimited),
             // A gateway sends these whether or not the application saw the request.
             408 | 409 | 425 => Some(Self::Unknown),
@@ -57,6 +60,18 @@ pub enum Error {
         status: u16,
         /// The vendor's words, without digits that could be a phone number.
         message: String,
+        /// Quote it to the vendor's support.
+        request_id: Option<String>,
+    },
+    /// 402, and any other refusal whose code is about the account.
+    #[error("ElevenLabs refused the request because of the account (HTTP {status}): {message}")]
+    Account {
+        /// HTTP status.
+        status: u16,
+        /// The vendor's words.
+        message: String,
+        /// How long the vendor asks to wait.
+        retry_after: Option<Duration>,
         /// Quote it to the vendor's support.
         request_id: Option<String>,
     },
@@ -108,6 +123,7 @@ impl Error {
             Self::NeverSent { .. } => Class::NeverSent,
             Self::Refused { status: 401 | 403, .. } => Class::Unauthorized,
             Self::Refused { .. } => Class::Refused,
+            Self::Account { .. } => Class::Account,
             Self::RateLimited { .. } => Class::RateLimited,
             Self::Inconclusive { .. } | Self::Broken { .. } | Self::Unreadable { .. } => {
                 Class::Unknown
@@ -118,9 +134,9 @@ impl Error {
     /// How long the vendor asks to wait before the next request.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::RateLimited { retry_after, .. } | Self::Inconclusive { retry_after, .. } => {
-                *retry_after
-            }
+            Self::Account { retry_after, .. }
+            | Self::RateLimited { retry_after, .. }
+            | Self::Inconclusive { retry_after, .. } => *retry_after,
             _ => None,
         }
     }
@@ -129,6 +145,7 @@ impl Error {
     pub fn request_id(&self) -> Option<&str> {
         match self {
             Self::Refused { request_id, .. }
+            | Self::Account { request_id, .. }
             | Self::RateLimited { request_id, .. }
             | Self::Inconclusive { request_id, .. }
             | Self::Unreadable { request_id, .. } => request_id.as_deref(),
@@ -163,6 +180,7 @@ impl Error {
             }
             // What was refused for another reason, or not at all, is refused by what the batch is.
             Self::Refused { message, request_id, .. }
+            | Self::Account { message, request_id, .. }
             | Self::Inconclusive { message, request_id, .. } => {
                 Self::Refused { status: 409, message: told(message), request_id }
             }
@@ -195,10 +213,15 @@ impl Error {
         body: &[u8],
         words: &Words,
     ) -> Self {
-        let Said { message, is_elevenlabs } = words.read(status, body);
+        let Said { message, is_elevenlabs, is_about_account } = words.read(status, body);
         let request_id = request_id(headers, words);
         let retry_after = retry_after(headers, SystemTime::now());
         match class {
+            Class::Refused | Class::Unauthorized | Class::Account | Class::RateLimited
+                if is_about_account =>
+            {
+                Self::Account { status, message, retry_after, request_id }
+            }
             Class::Refused | Class::Unauthorized if is_elevenlabs => {
                 Self::Refused { status, message, request_id }
             }

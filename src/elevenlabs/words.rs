@@ -14,6 +14,14 @@ const MOST_CHARACTERS: usize = 4_000;
 /// A shorter part of the key tells nothing, and may be a word.
 const SHORTEST_PART: usize = 8;
 
+/// The names of errors that are about the account: neither the request nor the key is at fault.
+const ABOUT_THE_ACCOUNT: [&str; 4] = [
+    "payment_required",
+    "insufficient_credits",
+    "quota_exceeded",
+    "batch_calling_agreement_required",
+];
+
 /// Reads answers for one API key, which none of them may quote.
 #[derive(Clone, Debug)]
 pub struct Words {
@@ -27,6 +35,8 @@ pub struct Said {
     pub message: String,
     /// It has the form of ElevenLabs' errors.
     pub is_elevenlabs: bool,
+    /// It has that form, and is about the account: credits, a quota, an agreement.
+    pub is_about_account: bool,
 }
 
 /// ElevenLabs' error bodies: current, older, and those of validation. Text alone (`{"detail":"Not
@@ -62,11 +72,14 @@ impl Words {
     pub fn read(&self, status: u16, body: &[u8]) -> Said {
         let is_object = body.trim_ascii_start().starts_with(b"{");
         let body = serde_json::from_slice::<ErrorBody>(body).map(|body| body.detail);
+        let mut is_about_account = status == 402;
         let (said, is_elevenlabs) = match body {
             Ok(Detail::Described { message, code, status }) => {
-                let is_text = |value: Option<Value>| value.is_some_and(|value| value.is_string());
-                let named = is_text(code) || is_text(status);
-                let is_elevenlabs = named && !message.trim().is_empty();
+                // `code` is the current one; older routes have `status` alone.
+                let name = code.as_ref().and_then(Value::as_str);
+                let name = name.or(status.as_ref().and_then(Value::as_str));
+                is_about_account |= name.is_some_and(|name| ABOUT_THE_ACCOUNT.contains(&name));
+                let is_elevenlabs = name.is_some() && !message.trim().is_empty();
                 (message, is_elevenlabs)
             }
             Ok(Detail::Invalid(fields)) => {
@@ -86,7 +99,7 @@ impl Words {
             (false, false) => format!("{said} ({foreign})"),
             (true, _) => foreign.to_owned(),
         };
-        Said { message, is_elevenlabs }
+        Said { message, is_elevenlabs, is_about_account: is_about_account && is_elevenlabs }
     }
 
     /// The text without the API key, and without what looks like one, cut to a length that is fit for
@@ -205,7 +218,7 @@ mod tests {
     #[test]
     fn every_error_shape_of_elevenlabs_reads_as_a_sentence() {
         let says = |body: &str| {
-            let Said { message, is_elevenlabs } = words().read(422, body.as_bytes());
+            let Said { message, is_elevenlabs, .. } = words().read(422, body.as_bytes());
             assert!(is_elevenlabs, "{body}");
             message
         };
@@ -245,7 +258,32 @@ mod tests {
         ] {
             let said = words().read(status, body.as_bytes());
             assert!(!said.is_elevenlabs, "{body}");
+            assert!(!words().read(402, body.as_bytes()).is_about_account, "{body}");
             assert!(said.message.contains("check ELEVENLABS_BASE_URL"), "{}", said.message);
+        }
+    }
+
+    #[test]
+    fn an_error_is_about_the_account_by_its_code_then_by_its_status() {
+        let is_about_account = |status, detail: &str| {
+            words().read(status, format!(r#"{{"detail":{detail}}}"#).as_bytes()).is_about_account
+        };
+        for name in ABOUT_THE_ACCOUNT {
+            for (status, field) in [(400, "code"), (401, "status"), (429, "code")] {
+                let detail = format!(r#"{{"message":"m","{field}":"{name}"}}"#);
+                assert!(is_about_account(status, &detail), "{detail}");
+            }
+        }
+        for (status, detail, expected) in [
+            (402, r#"{"message":"m","code":"whatever"}"#, true),
+            (402, r#"{"message":"m"}"#, false),
+            (401, r#"{"message":"m","code":"invalid_api_key"}"#, false),
+            (403, r#"{"message":"m","code":"quota_exceeded","status":"other"}"#, true),
+            (403, r#"{"message":"m","code":"other","status":"quota_exceeded"}"#, false),
+            (403, r#"{"message":"m","code":null,"status":"quota_exceeded"}"#, true),
+            (403, r#"{"message":" ","code":"quota_exceeded"}"#, false),
+        ] {
+            assert_eq!(is_about_account(status, detail), expected, "HTTP {status} {detail}");
         }
     }
 

@@ -119,7 +119,11 @@ impl Handler {
     /// another way has its answer: there is nothing left to cancel.
     pub(super) async fn cancel(&self, id: &BatchId) -> Result<Answer, Error> {
         let refused = match self.vendor.cancel(id).await {
-            Err(error @ (Error::Refused { .. } | Error::Inconclusive { status: 409, .. })) => error,
+            Err(
+                error @ (Error::Refused { .. }
+                | Error::Account { .. }
+                | Error::Inconclusive { status: 409, .. }),
+            ) => error,
             other => return other,
         };
         match self.vendor.get(id).await {
@@ -232,7 +236,7 @@ impl Handler {
                     Key::Refused => continue,
                     Key::Unknown => {}
                 },
-                Then::Again | Then::Look => {}
+                Then::Again | Then::Look | Then::Hold => {}
             }
             let wait = match turn.next(error.retry_after()) {
                 Next::Wait(wait) => wait,

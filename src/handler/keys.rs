@@ -64,7 +64,7 @@ impl Handler {
             Ok(_) => Sees::All,
             Err(error) => match error.class() {
                 Class::Refused | Class::Unauthorized => Sees::NotAll,
-                Class::NeverSent | Class::RateLimited | Class::Unknown => {
+                Class::Account | Class::NeverSent | Class::RateLimited | Class::Unknown => {
                     Sees::CannotTell(error.to_string())
                 }
             },

@@ -1,5 +1,6 @@
 //! Executes one command: claim, call the vendor, record, result. Knows no AMQP.
 
+mod account;
 mod existing;
 mod finish;
 mod keys;
@@ -27,8 +28,10 @@ use crate::retry::Policy;
 use crate::telemetry::chain;
 
 pub use crate::elevenlabs::State as VendorState;
+pub use account::Watch as AccountWatch;
 pub use finish::Unpublished;
 
+use account::Account;
 use keys::SeenKeys;
 use origin::Origin;
 use submit::SubmitJob;
@@ -91,6 +94,7 @@ pub struct Handler {
     retry: Policy,
     settling_window: Duration,
     seen_keys: SeenKeys,
+    account: Account,
     large_bodies: Arc<Semaphore>,
 }
 
@@ -112,6 +116,8 @@ pub enum Then {
     Look,
     /// Find out whether the key is refused for everything. Then wait for a person; else fail.
     AskAboutKey,
+    /// Hold all submits until ElevenLabs takes one.
+    Hold,
 }
 
 /// The whole policy. Reading and cancelling twice is harmless, submitting twice is not.
@@ -120,8 +126,9 @@ pub const fn then(kind: CommandKind, class: Class) -> Then {
         (_, Class::Refused) => Then::Fail,
         (_, Class::Unauthorized) => Then::AskAboutKey,
         (CommandKind::Submit, Class::Unknown) => Then::Look,
+        (CommandKind::Submit, Class::Account) => Then::Hold,
         (_, Class::NeverSent | Class::RateLimited)
-        | (CommandKind::Cancel | CommandKind::Get, Class::Unknown) => Then::Again,
+        | (CommandKind::Cancel | CommandKind::Get, Class::Account | Class::Unknown) => Then::Again,
     }
 }
 
@@ -153,6 +160,7 @@ impl Handler {
             retry: timing.retry,
             settling_window: timing.settling_window,
             seen_keys: SeenKeys::default(),
+            account: Account::default(),
             large_bodies: Arc::new(Semaphore::new(LARGE_BODIES_AT_ONCE)),
         }
     }
@@ -263,6 +271,11 @@ impl Handler {
     /// What the outcomes of all calls say about the vendor.
     pub fn breaker(&self) -> &Breaker {
         self.vendor.breaker()
+    }
+
+    /// Whether fresh submits are taken for the account.
+    pub fn account(&self) -> AccountWatch {
+        self.account.watch(account::FOR_DEFERRED)
     }
 
     async fn prepare(

@@ -68,7 +68,7 @@ impl Handler {
                     self.vendor.breaker().open(&error);
                     Key::Refused
                 }
-                Class::Refused => Key::Accepted,
+                Class::Refused | Class::Account => Key::Accepted,
                 Class::NeverSent | Class::RateLimited | Class::Unknown => Key::Unknown,
             },
         }
@@ -83,7 +83,7 @@ impl Handler {
         };
         match asked {
             // A refusal for another reason than the key is an answer of ElevenLabs.
-            Ok(Err(error)) if !matches!(error.class(), Class::Refused) => {
+            Ok(Err(error)) if !matches!(error.class(), Class::Refused | Class::Account) => {
                 warn!(
                     error = chain(&error),
                     "ElevenLabs cannot be used; no commands are taken yet"
@@ -130,7 +130,7 @@ impl Handler {
             }
             match self.vendor.probe().await {
                 // A refusal for another reason than the key is an answer.
-                Err(error) if !matches!(error.class(), Class::Refused) => {
+                Err(error) if !matches!(error.class(), Class::Refused | Class::Account) => {
                     breaker.open(&error);
                     info!(error = chain(&error), "ElevenLabs cannot be used yet");
                 }

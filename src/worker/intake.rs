@@ -1,33 +1,37 @@
-//! Whether fresh commands are taken: not while ElevenLabs or the ledger cannot be used.
+//! Whether fresh commands are taken: not while ElevenLabs or the ledger cannot be used, and submits not
+//! while they are held for the account.
 
 use tokio::sync::watch;
 
 use crate::domain::command::CommandKind;
-use crate::handler::VendorState as State;
+use crate::handler::{AccountWatch, Handler, VendorState as State};
 
 /// Follows what commands need.
 #[derive(Clone)]
 pub struct Intake {
     vendor: watch::Receiver<State>,
+    account: AccountWatch,
     ledger: watch::Receiver<Option<String>>,
 }
 
 impl Intake {
-    pub fn new(vendor: watch::Receiver<State>, ledger: watch::Receiver<Option<String>>) -> Self {
-        Self { vendor, ledger }
+    /// Of what this handler calls.
+    pub fn new(handler: &Handler) -> Self {
+        let vendor = handler.breaker().watch();
+        Self { vendor, account: handler.account(), ledger: handler.ledger_trouble() }
     }
 
     /// Whether fresh commands of this kind are taken.
     pub fn takes(&self, kind: CommandKind) -> bool {
-        // Only a submit cannot do without the ledger.
-        self.vendor.borrow().lets_through(kind)
-            && (kind != CommandKind::Submit || self.ledger.borrow().is_none())
+        // Only a submit needs credits, and the ledger.
+        let may_submit = || self.account.takes() && self.ledger.borrow().is_none();
+        self.vendor.borrow().lets_through(kind) && (kind != CommandKind::Submit || may_submit())
     }
 
-    /// Why ElevenLabs cannot be used.
+    /// Why ElevenLabs cannot be used, if for submits alone.
     pub fn vendor(&self) -> Option<String> {
         match &*self.vendor.borrow() {
-            State::Closed => None,
+            State::Closed => self.account.reason(),
             State::HalfOpen => Some("answers again; cancels go first".to_owned()),
             State::Open(outage) => Some(outage.reason.clone()),
         }
@@ -43,6 +47,7 @@ impl Intake {
         let changed = tokio::select! {
             changed = self.vendor.changed() => changed,
             changed = self.ledger.changed() => changed,
+            () = self.account.changed() => Ok(()),
         };
         if changed.is_err() {
             std::future::pending::<()>().await;

@@ -105,15 +105,17 @@ async fn a_cancel_of_a_batch_that_is_over_says_so() {
     world.sandbox.advance(Duration::from_secs(3600));
     let result = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
     assert_eq!(result.code(), "400 rejected_by_elevenlabs");
-    // Also where the answer is one that says nothing.
-    let conflict = Effect::Status(Reply::new(409));
-    world.sandbox.order(Fault::on(Route::Cancel, conflict).until_cleared());
-    let asked = world.requests(Route::Cancel);
-    let result = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
-    assert_eq!(result.code(), "400 rejected_by_elevenlabs", "{}", result.body);
-    assert!(result.error().contains("(the batch is completed)"), "{}", result.error());
-    assert_eq!(world.requests(Route::Cancel), asked + 1, "nothing is tried again");
-    world.sandbox.clear_faults();
+    // Also where the answer says nothing about the batch.
+    let unpaid = Effect::vendor_error(402, "payment_required", "No credits.");
+    for nothing in [Effect::Status(Reply::new(409)), unpaid] {
+        world.sandbox.order(Fault::on(Route::Cancel, nothing).until_cleared());
+        let asked = world.requests(Route::Cancel);
+        let result = world.ask(CommandKind::Cancel, &json!({"batch_id": id})).await;
+        assert_eq!(result.code(), "400 rejected_by_elevenlabs", "{}", result.body);
+        assert!(result.error().contains("(the batch is completed)"), "{}", result.error());
+        assert_eq!(world.requests(Route::Cancel), asked + 1, "nothing is tried again");
+        world.sandbox.clear_faults();
+    }
     world.finish().await;
 }
 

@@ -11,6 +11,7 @@
     reason = "a test fails loudly, and its helper tasks end with it"
 )]
 
+mod account;
 mod bad_input;
 mod by_command_id;
 mod commands;

@@ -26,6 +26,7 @@ fn the_retry_class_of_every_http_status() {
                 Then::Again => "again",
                 Then::Look => "look",
                 Then::AskAboutKey => "key?",
+                Then::Hold => "hold",
             };
             format!(
                 "{:<11} submit {:<5}  cancel {:<5}  get {:<5}",

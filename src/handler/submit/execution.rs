@@ -13,6 +13,7 @@ use crate::ledger::{Attempted, Ended, Go, Lease};
 use crate::retry::{Policy, Schedule};
 use crate::telemetry::chain;
 
+use super::super::account::Pass;
 use super::super::origin::Origin;
 use super::super::outcome::{
     expired, failure, message_gone, provider_warning, struck, succeeded, unavailable,
@@ -220,6 +221,7 @@ impl<'a> Execution<'a> {
             }
             Clearance::Stopped => return Err(Leave::Stopped),
         }
+        let Some(pass) = self.pass().await? else { return Ok(Sent::Undone) };
         // The ledger may have taken its time.
         if !self.is_allowed().await? || self.turn.has_expired() {
             return Ok(Sent::Undone);
@@ -236,13 +238,39 @@ impl<'a> Execution<'a> {
                 return Err(Leave::Stopped);
             }
         };
-        match result {
+        let error = match result {
             Ok(answer) if self.handler.finder.may_be_of(&answer, &self.origin.search) => {
-                Ok(Sent::Done(answer))
+                pass.accepted();
+                return Ok(Sent::Done(answer));
             }
-            Ok(_) => self.failed(&Error::another_batch()).await,
-            Err(error) => self.failed(&error).await,
+            Ok(_) => Error::another_batch(),
+            Err(error) => error,
+        };
+        if error.class() == Class::Account {
+            pass.refused(&self.origin.search.command_id, &error);
+        } else {
+            drop(pass);
         }
+        self.failed(&error).await
+    }
+
+    /// Waits a moment while ElevenLabs takes no submits of the account; `None`: to be decided anew.
+    async fn pass(&mut self) -> Result<Option<Pass<'a>>, Leave> {
+        let account = &self.handler.account;
+        let mut held = account.watch(Duration::ZERO);
+        if let Some(pass) = account.pass() {
+            return Ok(Some(pass));
+        }
+        let left = self.turn.left_in_hand();
+        if left.is_zero() {
+            // Nobody's campaign fails because the credits are used up.
+            return Err(Leave::Deferred(self.turn.patient_deferral(Duration::ZERO)));
+        }
+        tokio::select! {
+            () = held.changed() => {}
+            _ = self.pause(left) => {}
+        }
+        Ok(None)
     }
 
     /// Whether the lease covers a request, and no cancel has come.
@@ -279,6 +307,8 @@ impl<'a> Execution<'a> {
                 Key::Refused => return Ok(Sent::Undone),
                 Key::Unknown => {}
             },
+            // It waits for its pass.
+            Then::Hold => return Ok(Sent::Undone),
             Then::Again => {}
         }
         match self.turn.next(error.retry_after()) {
