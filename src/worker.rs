@@ -83,6 +83,8 @@ struct Link {
     /// Cancelled by whoever notices that the generation is of no use any more.
     lost: CancellationToken,
     readiness: Readiness,
+    /// The next generation declares what is missing.
+    declares: bool,
 }
 
 impl Link {
@@ -295,6 +297,7 @@ impl Worker {
             },
             lost: lost.clone(),
             readiness: self.shared.readiness.clone(),
+            declares: self.broker.declares_topology,
         };
         let reason = {
             let mut receiving = pin!(self.receive(lane, &link, is_careful));

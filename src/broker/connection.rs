@@ -16,9 +16,10 @@ use url::{Host, Url};
 use crate::domain::command::CommandKind;
 
 use super::consumer::Lane;
-use super::declare::{Place, Seen};
+use super::declare::Place;
 use super::publisher::Publisher;
 use super::pulse::Pulse;
+use super::returned::Returned;
 use super::tls::TlsFiles;
 use super::topology::{DELIVERY_LIMIT, Topology};
 use super::transport;
@@ -59,8 +60,9 @@ pub async fn open(
     let opening = async {
         let of = |error| Error::of(error, &at);
         let names = [format!("{kind} consuming"), format!("{kind} publishing")];
-        let consuming = connect(uri.clone(), &settings.tls, &names[0]);
-        let publishing = connect(uri, &settings.tls, &names[1]);
+        let returned = Returned::default();
+        let consuming = connect(uri.clone(), &settings.tls, &names[0], Returned::default());
+        let publishing = connect(uri, &settings.tls, &names[1], returned.clone());
         let (consuming, publishing) = tokio::try_join!(consuming, publishing).map_err(of)?;
         let topology = Topology::new(&settings.prefix);
         let place = Place { connection: &consuming, at: &at, kind: Some(kind), is_first };
@@ -71,25 +73,27 @@ pub async fn open(
         };
         let events = Events::of(&consuming, &publishing);
         let beside = async {
-            let publisher = Arc::new(Publisher::new(publishing, &topology).await?);
-            let channel = consuming.create_channel().await?;
-            let asking = consuming.create_channel().await?;
+            let publisher = Arc::new(Publisher::new(publishing, &topology, returned).await?);
             // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
-            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-            Ok((publisher, channel, asking))
+            let receiving = async || {
+                let channel = consuming.create_channel().await?;
+                channel.basic_qos(prefetch, BasicQosOptions::default()).await.map(|()| channel)
+            };
+            let takes_unknown = kind == CommandKind::Get && seen.has(&topology.unknown());
+            let unknown = if takes_unknown { Some(receiving().await?) } else { None };
+            Ok((publisher, receiving().await?, unknown, consuming.create_channel().await?))
         };
-        let (publisher, channel, asking) = beside.await.map_err(of)?;
-        let Seen { has_canary, flaws } = seen;
-        let pulse = Pulse::new(kind, asking, Arc::clone(&publisher), topology.clone(), has_canary);
+        let (publisher, channel, unknown, asking) = beside.await.map_err(of)?;
+        let pulse = Pulse::new(kind, asking, Arc::clone(&publisher), topology.clone(), &seen);
         // Last: what is delivered may end the connection.
-        let lane = Lane::open(kind, channel, &topology, takes_fresh()).await;
+        let lane = Lane::open(kind, channel, unknown, &topology, takes_fresh()).await;
         let lane = lane.map_err(|error| match of(error) {
             Error::Connection { at, source } => {
                 Error::Delivering { at, kind, limit: DELIVERY_LIMIT, source }
             }
             error => error,
         })?;
-        Ok(Generation { lane, flaws, publisher, events, pulse, consuming })
+        Ok(Generation { lane, flaws: seen.flaws, publisher, events, pulse, consuming })
     };
     match timeout(CONNECT_LIMIT, opening).await {
         Ok(opened) => opened,
@@ -217,10 +221,11 @@ pub(super) async fn connect(
     uri: AMQPUri,
     tls: &TlsFiles,
     purpose: &str,
+    returned: Returned,
 ) -> lapin::Result<Connection> {
     let name = format!("call-manager {purpose}");
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    transport::connect(uri, tls, properties).await
+    transport::connect(uri, tls, properties, returned).await
 }
 
 /// A channel on which every publish is confirmed.

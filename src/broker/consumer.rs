@@ -9,18 +9,19 @@ use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
     QueueDeclareOptions,
 };
+use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer};
 use tokio::time::timeout;
-use tracing::debug;
+use tracing::{debug, info};
 
 use crate::domain::command::{CommandKind, CommandMessage};
 
 use super::headers::{
-    earlier, expires_at, header, is_of_one_delivery, number, present, refused, shown, text,
+    earlier, expires_at, header, is_of_one_delivery, number, present, refused_headers, shown, text,
 };
 use super::topology::Topology;
-use super::{CALL_LIMIT, PERSISTENT};
+use super::{CALL_LIMIT, PERSISTENT, refused};
 
 /// W3C Trace Context, 3.2: 55 bytes in version 00, and a little more room for later ones.
 const TRACEPARENT_BYTES: usize = 128;
@@ -40,6 +41,9 @@ pub struct Lane {
     fresh: Option<Consumer>,
     /// Of the retry queue: what was deferred comes back whether or not fresh commands are taken.
     returned: Consumer,
+    /// Of what has a routing key that names no command, beside the gets. On a channel of its own, which
+    /// the broker closes where the user may not read it.
+    unknown: Option<(Channel, Consumer)>,
 }
 
 impl Lane {
@@ -47,14 +51,19 @@ impl Lane {
     pub(super) async fn open(
         kind: CommandKind,
         channel: Channel,
+        unknown: Option<Channel>,
         topology: &Topology,
         takes_fresh: bool,
     ) -> lapin::Result<Self> {
         let (queue, retry) = (topology.queue(kind), topology.retry_queue(kind));
         let returned = consume(&channel, &retry).await?;
         let fresh = if takes_fresh { Some(consume(&channel, &queue).await?) } else { None };
+        let unknown = match unknown {
+            Some(channel) => consume_unknown(channel, &topology.unknown()).await?,
+            None => None,
+        };
         let topology = topology.clone();
-        Ok(Self { kind, channel, topology, queue, retry, fresh, returned })
+        Ok(Self { kind, channel, topology, queue, retry, fresh, returned, unknown })
     }
 
     /// The next delivery; `Err` says why there will be none any more.
@@ -65,15 +74,22 @@ impl Lane {
                 None => std::future::pending().await,
             }
         };
-        let received = tokio::select! {
-            received = fresh => received,
-            received = self.returned.next() => received,
+        let unknown = async {
+            match &mut self.unknown {
+                Some((_, consumer)) => consumer.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let (received, queue) = tokio::select! {
+            received = fresh => (received, self.queue.clone()),
+            received = self.returned.next() => (received, self.retry.clone()),
+            received = unknown => (received, self.topology.unknown()),
         };
         match received {
             Some(Ok(received)) => Ok(Delivery::new(self.kind, received, &self.topology)),
             Some(Err(error)) => Err(error.to_string()),
             // The broker cancelled the consumer: its queue was deleted, or its node went away.
-            None => Err(format!("the broker stopped delivering from the {} queue", self.kind)),
+            None => Err(format!("the broker stopped delivering from the queue {queue}")),
         }
     }
 
@@ -168,6 +184,21 @@ async fn consume(channel: &Channel, queue: &str) -> lapin::Result<Consumer> {
     channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await
 }
 
+/// `None` where the user has no right to it: it can be done without.
+async fn consume_unknown(
+    channel: Channel,
+    queue: &str,
+) -> lapin::Result<Option<(Channel, Consumer)>> {
+    match consume(&channel, queue).await {
+        Ok(consumer) => Ok(Some((channel, consumer))),
+        Err(error) if refused(&error, AMQPSoftError::ACCESSREFUSED) => {
+            info!(reason = error.to_string(), "what lies in {queue} is not answered");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// The broker did not take an ack: the command will be delivered again.
 #[derive(Debug, thiserror::Error)]
 #[error("the broker did not take the acknowledgement; the command will be delivered again")]
@@ -196,7 +227,8 @@ impl Delivery {
         let earlier = earlier(&received, queue, topology);
         // What comes back was taken the first time.
         let is_new = earlier.first_seen.is_none();
-        let refused_header = properties.headers().as_ref().filter(|_| is_new).and_then(refused);
+        let refused_header =
+            properties.headers().as_ref().filter(|_| is_new).and_then(refused_headers);
         let message = CommandMessage {
             queue,
             // Through the default exchange the routing key is the queue's name.

@@ -5,7 +5,7 @@ use lapin::options::{
     ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
     QueueDeclareOptions,
 };
-use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
 use tracing::{info, warn};
@@ -13,10 +13,10 @@ use tracing::{info, warn};
 use crate::domain::command::CommandKind;
 use crate::telemetry::chain;
 
-use super::Error;
 use super::topology::{
-    Argument, Arguments, Binding, EVERY_KEY, Exchange, Queue, Routing, Target, Topology,
+    Argument, Arguments, Binding, EVERY_KEY, Exchange, New, Queue, Routing, Target, Topology,
 };
+use super::{Error, refused};
 
 /// Where the topology is made or checked, and for whom.
 pub(super) struct Place<'a> {
@@ -51,10 +51,17 @@ impl Thing {
 /// What was found there.
 #[derive(Default)]
 pub(super) struct Seen {
-    /// Whether canaries have their queue.
-    pub has_canary: bool,
+    /// What former versions did not have, and is not there, or not for this user.
+    missing: Vec<String>,
     /// What is not as it was, and costs the lane nothing at once.
     pub flaws: Vec<Error>,
+}
+
+impl Seen {
+    /// Whether an exchange or a queue of this name is there.
+    pub fn has(&self, name: &str) -> bool {
+        !self.missing.iter().any(|missing| missing == name)
+    }
 }
 
 impl Place<'_> {
@@ -95,7 +102,7 @@ impl Topology {
             places.into_iter().map(Thing::Binding).collect(),
             rest.into_iter().map(Thing::Binding).collect(),
         ];
-        let mut seen = Seen { has_canary: true, flaws: Vec::new() };
+        let mut seen = Seen::default();
         for step in steps {
             let made = step.into_iter().map(|thing| self.make(place, thing));
             seen.flaws.extend(try_join_all(made).await?.into_iter().flatten());
@@ -109,12 +116,11 @@ impl Topology {
         let making = async {
             let channel = place.connection.create_channel().await?;
             let channel = match thing {
-                Thing::Exchange(exchange) if exchange.name == self.retry_exchange() => {
-                    self.declare_retry(place.connection, channel, exchange).await?
-                }
                 Thing::Exchange(exchange) => {
-                    declare_exchange(&channel, exchange, false).await?;
-                    channel
+                    match declare_exchange(&channel, exchange.clone(), false).await {
+                        Ok(()) => channel,
+                        Err(error) => self.take_former(place, exchange, error).await?,
+                    }
                 }
                 Thing::Queue(queue) => {
                     declare_queue(&channel, queue, false).await?;
@@ -139,46 +145,68 @@ impl Topology {
         Ok(error)
     }
 
-    /// An exchange cannot be declared in another way, so that of the former version is replaced. It holds
-    /// no messages. The delay queues, which alone publish to it, keep theirs until they have a way.
-    async fn declare_retry(
+    /// An exchange cannot be declared in another way. The retry exchange of a former version is replaced:
+    /// it holds no messages, and the delay queues, which alone publish to it, keep theirs until they have a
+    /// way. The commands exchange is left as it is: producers publish to it, and others may be bound to it.
+    async fn take_former(
         &self,
-        connection: &Connection,
-        channel: Channel,
-        retry: Exchange,
+        place: &Place<'_>,
+        exchange: Exchange,
+        error: lapin::Error,
     ) -> lapin::Result<Channel> {
-        let Err(error) = declare_exchange(&channel, retry.clone(), false).await else {
-            return Ok(channel);
-        };
-        if !self.is_former_retry(&retry, &error) {
+        if self.is_former_commands(&exchange, &error) {
+            self.tell_former_commands(place);
+            return place.connection.create_channel().await;
+        }
+        if !self.is_former_retry(&exchange, &error) {
             return Err(error);
         }
-        info!(exchange = retry.name, "replaces the exchange of the former version");
-        let channel = connection.create_channel().await?;
+        info!(exchange = exchange.name, "replaces the exchange of the former version");
+        let channel = place.connection.create_channel().await?;
         let options = ExchangeDeleteOptions::default();
-        channel.exchange_delete(retry.name.as_str().into(), options).await?;
-        declare_exchange(&channel, retry, false).await.map(|()| channel)
+        channel.exchange_delete(exchange.name.as_str().into(), options).await?;
+        declare_exchange(&channel, exchange, false).await.map(|()| channel)
+    }
+
+    fn tell_former_commands(&self, place: &Place<'_>) {
+        // Once is enough: a lane for all of them, when it is built first.
+        if !place.is_first || place.kind.is_some_and(|kind| kind != CommandKind::Get) {
+            return;
+        }
+        let (commands, unknown) = (self.commands_exchange(), self.unknown());
+        warn!(
+            "the exchange {commands} is that of a former version: it drops what has a routing key that \
+             names no command, and nobody is told, unless a policy gives it an alternate exchange. \
+             This does, while everything runs: rabbitmqctl set_policy -p VIRTUAL_HOST {unknown} \
+             '^{}$' '{{\"alternate-exchange\":\"{unknown}\"}}' --apply-to exchanges",
+            commands.replace('.', "\\."),
+        );
     }
 
     /// Sees that every exchange and queue that a lane needs is there, and creates nothing. Arguments are
     /// compared as far as the user has the right to configure; bindings show nowhere in AMQP.
     pub(super) async fn check(&self, place: &Place<'_>) -> Result<Seen, Error> {
         let mut seen = Seen::default();
-        let (exchanges, queues) = self.of_former(true, place.kind);
+        let new: Vec<_> = self.news().into_iter().flat_map(|new| new.names).collect();
         let mut channel = place.channel().await?;
-        for exchange in exchanges {
+        for exchange in self.exchanges().into_iter().filter(|one| !new.contains(&one.name)) {
             let name = exchange.name.clone();
             let found = declare_exchange(&channel, exchange, true).await;
             self.note(place, found, ("exchange", name), &mut seen.flaws, &mut channel).await?;
         }
-        for queue in queues {
+        for queue in self.queues_for(place.kind).into_iter().filter(|one| !new.contains(&one.name))
+        {
             let name = queue.name.clone();
             let found = declare_queue(&channel, queue, true).await;
             self.note(place, found, ("queue", name), &mut seen.flaws, &mut channel).await?;
         }
         channel.close(200, "checked".into()).await.map_err(|e| place.of(e))?;
-        seen.has_canary = self.has_new(place.connection).await.map_err(|e| place.of(e))?;
-        match self.compare(place, seen.has_canary).await {
+        for new in self.news() {
+            if !self.has_new(place.connection, &new).await.map_err(|e| place.of(e))? {
+                seen.missing.extend(new.names);
+            }
+        }
+        match self.compare(place, &seen).await {
             Ok(flaws) => seen.flaws.extend(flaws),
             // At the first one it ends: each is an error in the broker's log, and a user who may not
             // configure one may hardly ever configure another.
@@ -209,43 +237,48 @@ impl Topology {
         Ok(())
     }
 
-    /// Whether there is what the former version did not have, and the user may see it.
-    async fn has_new(&self, connection: &Connection) -> lapin::Result<bool> {
+    /// Whether there is what a former version did not have, and the user may see it.
+    async fn has_new(&self, connection: &Connection, new: &New) -> lapin::Result<bool> {
         let channel = connection.create_channel().await?;
-        match look(&channel, self.of_former(false, None)).await {
+        match self.look(&channel, new).await {
             Ok(()) => channel.close(200, "seen".into()).await.map(|()| true),
             Err(error) if refused(&error, AMQPSoftError::NOTFOUND) => {
                 let reason = error.to_string();
-                warn!(reason, "{}; what is no command may block the delay queues", self.advice());
+                warn!(reason, "{}; until then, {}", self.advice(), new.lost);
                 Ok(false)
             }
             Err(error) if refused(&error, AMQPSoftError::ACCESSREFUSED) => {
                 let reason = error.to_string();
-                info!(reason, "nobody watches whether the delay queues let commands out");
+                info!(reason, "{}", new.unseen);
                 Ok(false)
             }
             Err(error) => Err(error),
         }
     }
 
+    async fn look(&self, channel: &Channel, new: &New) -> lapin::Result<()> {
+        for exchange in self.exchanges().into_iter().filter(|one| new.names.contains(&one.name)) {
+            declare_exchange(channel, exchange, true).await?;
+        }
+        for queue in self.queues().into_iter().filter(|one| new.names.contains(&one.name)) {
+            declare_queue(channel, queue, true).await?;
+        }
+        Ok(())
+    }
+
     /// A passive declare compares no arguments; an active one does, and creates nothing where the
     /// thing exists.
-    async fn compare(&self, place: &Place<'_>, has_new: bool) -> Result<Vec<Error>, Error> {
+    async fn compare(&self, place: &Place<'_>, seen: &Seen) -> Result<Vec<Error>, Error> {
         let mut flaws = Vec::new();
-        let (exchanges, queues) = if has_new {
-            (self.exchanges(), self.queues_for(place.kind))
-        } else {
-            self.of_former(true, place.kind)
-        };
         let mut channel = place.channel().await?;
-        for queue in queues {
+        for queue in self.queues_for(place.kind).into_iter().filter(|one| seen.has(&one.name)) {
             let name = queue.name.clone();
             if let Err(error) = declare_queue(&channel, queue, false).await {
                 flaws.push(self.differs(place, &name, error)?);
                 channel = place.channel().await?;
             }
         }
-        for exchange in exchanges {
+        for exchange in self.exchanges().into_iter().filter(|one| seen.has(&one.name)) {
             let Err(error) = declare_exchange(&channel, exchange.clone(), false).await else {
                 continue;
             };
@@ -255,6 +288,8 @@ impl Topology {
                     self.advice(),
                     exchange.name
                 );
+            } else if self.is_former_commands(&exchange, &error) {
+                self.tell_former_commands(place);
             } else {
                 flaws.push(self.differs(place, &exchange.name, error)?);
             }
@@ -271,13 +306,6 @@ impl Topology {
             error @ Error::Permission { .. } => Err(error),
             error => self.flaw(place, name, error),
         }
-    }
-
-    /// What the former version had already, or what it had not.
-    fn of_former(&self, had: bool, kind: Option<CommandKind>) -> (Vec<Exchange>, Vec<Queue>) {
-        let exchanges = self.exchanges().into_iter().filter(|one| self.is_new(&one.name) != had);
-        let queues = self.queues_for(kind).into_iter().filter(|one| self.is_new(&one.name) != had);
-        (exchanges.collect(), queues.collect())
     }
 
     /// The queues that all lanes share, and those of one kind.
@@ -310,19 +338,15 @@ impl Topology {
             && refused(error, AMQPSoftError::PRECONDITIONFAILED)
             && error.to_string().contains("'internal'")
     }
-}
 
-async fn look(
-    channel: &Channel,
-    (exchanges, queues): (Vec<Exchange>, Vec<Queue>),
-) -> lapin::Result<()> {
-    for exchange in exchanges {
-        declare_exchange(channel, exchange, true).await?;
+    /// Whether an exchange was refused because the former version's is there: without an alternate.
+    fn is_former_commands(&self, exchange: &Exchange, error: &lapin::Error) -> bool {
+        let reason = error.to_string();
+        exchange.name == self.commands_exchange()
+            && refused(error, AMQPSoftError::PRECONDITIONFAILED)
+            && reason.contains("'alternate-exchange'")
+            && reason.contains("current is none")
     }
-    for queue in queues {
-        declare_queue(channel, queue, true).await?;
-    }
-    Ok(())
 }
 
 async fn bind(channel: Channel, binding: Binding) -> lapin::Result<Channel> {
@@ -339,11 +363,6 @@ async fn bind(channel: Channel, binding: Binding) -> lapin::Result<Channel> {
         }
     }
     Ok(channel)
-}
-
-/// Whether the broker answered with this error.
-fn refused(error: &lapin::Error, code: AMQPSoftError) -> bool {
-    matches!(error.kind(), ErrorKind::ProtocolError(said) if *said.kind() == AMQPErrorKind::Soft(code))
 }
 
 fn missing(error: lapin::Error, at: &str, what: &'static str, name: String) -> Error {

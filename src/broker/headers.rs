@@ -82,7 +82,7 @@ pub(super) fn is_of_one_delivery(name: &str) -> bool {
 ///
 /// A copy of the command that goes to a delay queue comes back with some more, of the broker and of the
 /// worker. So a limit on what the producer sends keeps all of it within what can be read.
-pub(super) fn refused(headers: &FieldTable) -> Option<String> {
+pub(super) fn refused_headers(headers: &FieldTable) -> Option<String> {
     let cut =
         headers.inner().get(CUT).and_then(number).and_then(|bytes| usize::try_from(bytes).ok());
     let bytes = cut.unwrap_or_else(|| table_bytes(headers));

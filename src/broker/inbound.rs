@@ -14,6 +14,8 @@ use std::task::{Poll, ready};
 
 use crate::domain::command::SUBSTITUTE;
 
+use super::returned::Returned;
+
 /// Frame types (AMQP 0-9-1, 4.2.3).
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;
@@ -51,6 +53,7 @@ pub struct Inbound {
     filled: usize,
     /// How much of a completed `held` has been handed on.
     completed: Option<usize>,
+    returned: Returned,
 }
 
 /// What the first bytes of a frame say about it.
@@ -64,6 +67,11 @@ enum Frame {
 }
 
 impl Inbound {
+    /// Notes in `returned` what comes on the channel that is watched there.
+    pub fn new(returned: Returned) -> Self {
+        Self { returned, ..Self::default() }
+    }
+
     /// Fills `into` with what may be handed on, taken from `source`; 0 is the end of the stream.
     pub fn poll_read(
         &mut self,
@@ -132,7 +140,7 @@ impl Inbound {
                 self.held.resize(whole, 0);
                 return Ok(at);
             }
-            let corrected = correct(&mut here[..whole]);
+            let corrected = correct(&mut here[..whole], &self.returned);
             here.copy_within(whole.., corrected);
             end -= whole - corrected;
             at += corrected;
@@ -149,7 +157,7 @@ impl Inbound {
                 return Ok(());
             }
             Frame::Whole(_) => {
-                let corrected = correct(&mut self.held);
+                let corrected = correct(&mut self.held, &self.returned);
                 self.held.truncate(corrected);
             }
             Frame::Passes(count) => self.passing = count - self.filled as u64,
@@ -189,15 +197,17 @@ impl Frame {
 }
 
 /// Corrects a whole method or content header frame; returns how long it is now.
-fn correct(frame: &mut [u8]) -> usize {
-    let kind = frame[0];
+fn correct(frame: &mut [u8], returned: &Returned) -> usize {
+    let (kind, channel) = (frame[0], u16::from_be_bytes([frame[1], frame[2]]));
     let end = frame.len() - FRAME_END_BYTES;
     let mut fields = Fields(&mut frame[FRAME_HEADER_BYTES..end]);
     // `None`: it ends too early or has a type nobody knows. The parser will say so.
-    match kind {
-        METHOD => fields.method(),
-        _ => fields.content_header(),
-    };
+    if kind == METHOD {
+        fields.method();
+    } else if let Some(message_id) = fields.content_header() {
+        // The channel that is watched only publishes: what comes there comes back.
+        returned.note(channel, &String::from_utf8_lossy(message_id));
+    }
     if kind == HEADER && frame.len() > MAX_FRAME_BYTES {
         return cut_headers(frame).unwrap_or(frame.len());
     }
@@ -256,10 +266,11 @@ impl<'a> Fields<'a> {
         self.take(usize::try_from(length).ok()?)
     }
 
-    fn short_string(&mut self) -> Option<()> {
+    fn short_string(&mut self) -> Option<&'a [u8]> {
         let [length] = self.array_of()?;
-        substitute(self.take(length.into())?);
-        Some(())
+        let text = self.take(length.into())?;
+        substitute(text);
+        Some(text)
     }
 
     /// Of all methods a broker sends, only `basic.deliver` has text in it that a producer chose.
@@ -273,7 +284,9 @@ impl<'a> Fields<'a> {
         Some(())
     }
 
-    fn content_header(&mut self) -> Option<()> {
+    /// Returns the `message_id`, if there is one.
+    fn content_header(&mut self) -> Option<&'a [u8]> {
+        let mut message_id = None;
         if self.short()? != 60 {
             return None;
         }
@@ -285,10 +298,11 @@ impl<'a> Fields<'a> {
                 13 => Fields(self.long()?).table(0)?, // headers
                 11 | 12 => self.take(1).map(drop)?,   // priority, delivery-mode
                 6 => self.take(8).map(drop)?,         // timestamp
-                _ => self.short_string()?,
+                7 => message_id = Some(self.short_string()?),
+                _ => self.short_string().map(drop)?,
             }
         }
-        Some(())
+        message_id
     }
 
     fn table(&mut self, depth: usize) -> Option<()> {

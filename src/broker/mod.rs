@@ -11,6 +11,7 @@ mod inbound;
 mod publisher;
 mod pulse;
 mod requester;
+mod returned;
 mod tls;
 mod topology;
 mod transport;
@@ -211,4 +212,9 @@ impl Error {
             _ => Self::Connection { at, source },
         }
     }
+}
+
+/// Whether the broker answered with this error.
+fn refused(error: &lapin::Error, code: AMQPSoftError) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(said) if *said.kind() == AMQPErrorKind::Soft(code))
 }

@@ -18,6 +18,7 @@ use crate::telemetry::chain;
 
 use super::connection::confirming_channel;
 use super::consumer::Delivery;
+use super::returned::Returned;
 use super::topology::{CANARY, Delay, Topology};
 use super::{CONFIRM_LIMIT, PERSISTENT, PULSE};
 
@@ -31,6 +32,9 @@ const SHARED_CHANNEL_BYTES: usize = 64 * 1024;
 
 /// A connection has 2,047 channels at most, and a PREFETCH may ask for more at a time.
 const LARGE_AT_ONCE: usize = 8;
+
+/// The broker tells of what no queue takes.
+const MANDATORY: BasicPublishOptions = BasicPublishOptions { mandatory: true, immediate: false };
 
 /// A reply is a courtesy: its command waits no longer for it.
 const REPLY_LIMIT: Duration = Duration::from_secs(5);
@@ -58,6 +62,15 @@ pub enum PublishError {
         /// Its name.
         exchange: String,
     },
+    /// No queue takes the result, and the queue of those is gone.
+    #[error(
+        "no queue takes the result, and {unrouted}, which keeps such results, is gone: start a worker with \
+         TOPOLOGY=declare, or import the topology again"
+    )]
+    Unheard {
+        /// The name of that queue.
+        unrouted: String,
+    },
     /// No confirm came.
     #[error("the broker did not confirm the message within {} s", limit.as_secs())]
     Silent {
@@ -84,6 +97,8 @@ impl PublishError {
 pub struct Publisher {
     connection: Connection,
     results: Channel,
+    /// On the channel of results.
+    returned: Returned,
     exchange: String,
     topology: Topology,
     large_turn: Semaphore,
@@ -96,9 +111,16 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    pub(super) async fn new(connection: Connection, topology: &Topology) -> lapin::Result<Self> {
+    pub(super) async fn new(
+        connection: Connection,
+        topology: &Topology,
+        returned: Returned,
+    ) -> lapin::Result<Self> {
+        let results = confirming_channel(&connection).await?;
+        returned.watch(results.id());
         Ok(Self {
-            results: confirming_channel(&connection).await?,
+            results,
+            returned,
             connection,
             exchange: topology.results_exchange(),
             topology: topology.clone(),
@@ -117,15 +139,18 @@ impl Publisher {
     /// Publishes a result and waits until the broker has confirmed it.
     pub async fn publish(&self, event: &ResultEvent) -> Result<(), PublishError> {
         let body = event.body();
-        let published = self.patiently(self.confirmed(event, &body)).await;
-        published.map(drop).map_err(|error| match error {
-            PublishError::Connection(error)
+        match self.patiently(self.confirmed(event, &body)).await {
+            Ok(Routed::Somewhere) => Ok(()),
+            Ok(Routed::Nowhere) => {
+                Err(PublishError::Unheard { unrouted: self.topology.unrouted() })
+            }
+            Err(PublishError::Connection(error))
                 if body.len() > SHARED_CHANNEL_BYTES && refuses_size(&error) =>
             {
-                PublishError::TooLarge { bytes: body.len() }
+                Err(PublishError::TooLarge { bytes: body.len() })
             }
-            error => error,
-        })
+            Err(error) => Err(error),
+        }
     }
 
     /// A memory or disk alarm: what was published before the broker noticed is confirmed all the same.
@@ -137,7 +162,7 @@ impl Publisher {
     /// to give up would deliver the command again and again, until it is dead-lettered.
     async fn patiently(
         &self,
-        confirm: impl Future<Output = lapin::Result<Confirmation>>,
+        confirm: impl Future<Output = Result<Routed, PublishError>>,
     ) -> Result<Routed, PublishError> {
         let mut confirm = std::pin::pin!(confirm);
         let since = Instant::now();
@@ -147,22 +172,17 @@ impl Publisher {
             let blocked = self.is_blocked();
             // One more limit after the alarm: what waited for it has only just left.
             if ended.is_ok() || !(blocked || was_blocked) || since.elapsed() >= ALARM_LIMIT {
-                return match ended.map_err(|_| PublishError::Silent { limit: CONFIRM_LIMIT })?? {
-                    Confirmation::Ack(None) => Ok(Routed::Somewhere),
-                    Confirmation::Ack(Some(_)) => Ok(Routed::Nowhere),
-                    Confirmation::Nack(_) | Confirmation::NotRequested => {
-                        Err(PublishError::Refused)
-                    }
-                };
+                return ended.unwrap_or(Err(PublishError::Silent { limit: CONFIRM_LIMIT }));
             }
             was_blocked = blocked;
         }
     }
 
-    async fn confirmed(&self, event: &ResultEvent, body: &[u8]) -> lapin::Result<Confirmation> {
+    async fn confirmed(&self, event: &ResultEvent, body: &[u8]) -> Result<Routed, PublishError> {
         // Never closed, so an error cannot come; the permit is what matters.
         let (_turn, own);
-        let channel = if body.len() > SHARED_CHANNEL_BYTES {
+        let is_alone = body.len() > SHARED_CHANNEL_BYTES;
+        let channel = if is_alone {
             _turn = self.large_turn.acquire().await;
             own = confirming_channel(&self.connection).await?;
             &own
@@ -170,13 +190,18 @@ impl Publisher {
             &self.results
         };
         let (exchange, key) = (self.exchange.as_str().into(), event.routing_key().into());
-        let options = BasicPublishOptions::default();
-        let publish = channel.basic_publish(exchange, key, options, body, properties(event));
+        let properties = properties(event);
+        let publish = channel.basic_publish(exchange, key, MANDATORY, body, properties);
         let confirm = publish.await?;
         crash::point(7);
         let confirmation = confirm.await?;
         self.note_confirm();
-        Ok(confirmation)
+        let is_returned = if is_alone {
+            is_credited(&confirmation)
+        } else {
+            self.returned.take(&event.message_id.to_string())
+        };
+        routed(&confirmation, is_returned)
     }
 
     /// Sends a copy of a published result to the queue that the command names. One that cannot be
@@ -273,20 +298,20 @@ impl Publisher {
         key: &str,
         body: &[u8],
         properties: BasicProperties,
-    ) -> lapin::Result<Confirmation> {
+    ) -> Result<Routed, PublishError> {
         // Never closed, so an error cannot come; the permit is what matters.
         let _turn = turn.acquire().await;
         let channel = match self.idle_channel() {
             Some(channel) => channel,
             None => confirming_channel(&self.connection).await?,
         };
-        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let confirm = channel.basic_publish(exchange.into(), key.into(), options, body, properties);
+        let (exchange, key) = (exchange.into(), key.into());
+        let confirm = channel.basic_publish(exchange, key, MANDATORY, body, properties);
         let confirmation = confirm.await?.await?;
         self.note_confirm();
         // Only a channel that is still good goes back: a refused permission closes it.
         self.idle_channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
-        Ok(confirmation)
+        routed(&confirmation, is_credited(&confirmation))
     }
 
     /// One that the broker has not closed meanwhile.
@@ -300,10 +325,23 @@ impl Publisher {
     }
 }
 
-/// Where a message that the broker has taken went; told of mandatory ones alone.
+/// Where a message that the broker has taken went.
 enum Routed {
     Somewhere,
     Nowhere,
+}
+
+fn routed(confirmation: &Confirmation, is_returned: bool) -> Result<Routed, PublishError> {
+    match confirmation {
+        Confirmation::Ack(_) if is_returned => Ok(Routed::Nowhere),
+        Confirmation::Ack(_) => Ok(Routed::Somewhere),
+        Confirmation::Nack(_) | Confirmation::NotRequested => Err(PublishError::Refused),
+    }
+}
+
+/// Whether lapin credits it with a return, which is right where nothing else is in flight.
+fn is_credited(confirmation: &Confirmation) -> bool {
+    matches!(confirmation, Confirmation::Ack(Some(_)))
 }
 
 fn refuses_size(error: &lapin::Error) -> bool {

@@ -13,6 +13,7 @@ use crate::telemetry::chain;
 
 use super::CALL_LIMIT;
 use super::canary::{Canary, Deferral};
+use super::declare::Seen;
 use super::publisher::Publisher;
 use super::topology::{Delay, Topology};
 
@@ -25,6 +26,8 @@ pub struct Pulse {
     topology: Topology,
     /// `None` where canaries have no queue.
     canary: Option<Mutex<Canary>>,
+    /// There is a queue of what has a routing key that names no command.
+    has_unknown: bool,
 }
 
 impl Pulse {
@@ -33,10 +36,11 @@ impl Pulse {
         channel: Channel,
         publisher: Arc<Publisher>,
         topology: Topology,
-        has_canary: bool,
+        seen: &Seen,
     ) -> Self {
-        let canary = has_canary.then(Mutex::default);
-        Self { kind, channel, publisher, topology, canary }
+        let canary = seen.has(&topology.canary()).then(Mutex::default);
+        let has_unknown = seen.has(&topology.unknown());
+        Self { kind, channel, publisher, topology, canary, has_unknown }
     }
 
     /// Whether the publisher gets its confirms and the lane's queues exist; returns those that should
@@ -95,14 +99,15 @@ impl Pulse {
     }
 
     /// How many submits wait, at most: in their queue, in their retry queue, and among all that lies in
-    /// the delay queues. Without those in a worker's hands, and without those whose delay is over and
+    /// the delay queues or came under a wrong routing key. Without those in a worker's hands, and without those whose delay is over and
     /// that find no way out of a delay queue: the broker counts them nowhere.
     pub async fn waiting_submits(&self) -> Result<u32, String> {
         let kind = CommandKind::Submit;
         let delays = Delay::ALL.map(|delay| self.topology.delay(delay));
         let queues = [self.topology.queue(kind), self.topology.retry_queue(kind)];
+        let unknown = self.has_unknown.then(|| self.topology.unknown());
         let mut waiting = 0_u32;
-        for name in queues.iter().chain(&delays) {
+        for name in queues.iter().chain(&delays).chain(&unknown) {
             waiting = waiting.saturating_add(self.look(name).await?.message_count());
         }
         Ok(waiting)

@@ -13,6 +13,7 @@ use crate::domain::command::CommandKind;
 use crate::telemetry::chain;
 
 use super::connection::{address, confirming_channel, connect, parse, within};
+use super::returned::Returned;
 use super::topology::Topology;
 use super::{CALL_LIMIT, CONNECT_LIMIT, Error, PERSISTENT, Settings};
 
@@ -67,7 +68,9 @@ pub async fn ask(
     let uri = parse(settings.url.expose_secret())?;
     let at = address(&uri);
     let topology = Topology::new(&settings.prefix);
-    let connection = within(CONNECT_LIMIT, &at, connect(uri, &settings.tls, "request")).await?;
+    let connection =
+        within(CONNECT_LIMIT, &at, connect(uri, &settings.tls, "request", Returned::default()))
+            .await?;
     let ready = async {
         let channel = confirming_channel(&connection).await?;
         let (queue, consumer) = reply_queue(&channel).await?;

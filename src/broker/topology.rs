@@ -54,6 +54,15 @@ pub(super) struct Queue {
     pub arguments: Arguments,
 }
 
+/// What a former version did not have, under these names. The rest is for a person.
+pub(super) struct New {
+    pub names: Vec<String>,
+    /// What it costs that it is not there.
+    pub lost: &'static str,
+    /// What it costs that the worker has no right to it.
+    pub unseen: &'static str,
+}
+
 /// From an exchange to a queue or to another exchange.
 #[derive(Clone, Debug)]
 pub(super) struct Binding {
@@ -113,6 +122,11 @@ impl Topology {
         format!("{}.unrouted", self.prefix)
     }
 
+    /// Exchange and queue of messages to the commands exchange whose routing key names no command.
+    pub fn unknown(&self) -> String {
+        format!("{}.unknown", self.prefix)
+    }
+
     /// Exchange and queue of commands that the broker gave up on.
     pub fn dead_letter(&self) -> String {
         format!("{}.dead-letter", self.prefix)
@@ -150,9 +164,20 @@ impl Topology {
         name == self.pulse() || self.queues().iter().any(|queue| queue.name == name)
     }
 
-    /// Whether the former version did not have it. A worker does its work without it.
-    pub(super) fn is_new(&self, name: &str) -> bool {
-        name == self.stray() || name == self.canary()
+    /// What former versions did not have. A worker does its work without it.
+    pub(super) fn news(&self) -> [New; 2] {
+        [
+            New {
+                names: vec![self.stray(), self.canary()],
+                lost: "what is no command may block the delay queues",
+                unseen: "nobody watches whether the delay queues let commands out",
+            },
+            New {
+                names: vec![self.unknown()],
+                lost: "what has a routing key that names no command is dropped, and nobody told",
+                unseen: "what has a routing key that names no command is not answered",
+            },
+        ]
     }
 
     /// No queue has this name: what is published to it tells only whether the broker confirms.
@@ -176,14 +201,18 @@ impl Topology {
         let mut exchanges = vec![
             plain(self.dead_letter(), Routing::Fanout),
             plain(self.unrouted(), Routing::Fanout),
+            plain(self.unknown(), Routing::Fanout),
             Exchange {
                 name: self.results_exchange(),
                 routing: Routing::Topic,
                 internal: false,
-                // Makes `mandatory` unnecessary on results, which lapin cannot do with many in flight.
                 arguments: vec![("alternate-exchange", text(self.unrouted()))],
             },
-            plain(self.commands_exchange(), Routing::Topic),
+            Exchange {
+                // A key with a typo in it would be dropped, and nobody told.
+                arguments: vec![("alternate-exchange", text(self.unknown()))],
+                ..plain(self.commands_exchange(), Routing::Topic)
+            },
             // What comes by way of it has been in a delay queue.
             Exchange { internal: true, ..plain(self.retry_exchange(), Routing::Topic) },
             Exchange {
@@ -217,16 +246,17 @@ impl Topology {
                 ],
             },
         ];
-        for kind in CommandKind::ALL {
-            // Both have the same: a command is not worth less for having been deferred.
-            for name in [self.queue(kind), self.retry_queue(kind)] {
-                let mut arguments =
-                    vec![quorum(), ("x-delivery-limit", Argument::Number(DELIVERY_LIMIT))];
-                // Without it the broker drops what is past the delivery limit.
-                arguments.extend(dead_lettering_to(self.dead_letter()));
-                queues.push(Queue { name, arguments });
-            }
-        }
+        // All have the same: a command is not worth less for having been deferred, and what came under a
+        // wrong key may be one whose queue was missing.
+        let of_kind = |kind| [self.queue(kind), self.retry_queue(kind)];
+        let names = CommandKind::ALL.into_iter().flat_map(of_kind);
+        queues.extend(names.chain([self.unknown()]).map(|name| {
+            let mut arguments =
+                vec![quorum(), ("x-delivery-limit", Argument::Number(DELIVERY_LIMIT))];
+            // Without it the broker drops what is past the delivery limit.
+            arguments.extend(dead_lettering_to(self.dead_letter()));
+            Queue { name, arguments }
+        }));
         for delay in Delay::ALL {
             let milliseconds = delay.duration().as_secs() * 1000;
             let mut arguments =
@@ -255,8 +285,9 @@ impl Topology {
             Binding { exchange, to, routing_key }
         };
         // A fanout exchange and its one queue have one name.
-        let pairs = [self.dead_letter(), self.unrouted()].into_iter();
+        let pairs = [self.dead_letter(), self.unrouted(), self.unknown()];
         let mut bindings: Vec<_> = pairs
+            .into_iter()
             .chain(Delay::ALL.map(|delay| self.delay(delay)))
             .map(|name| to_queue(name.clone(), name, String::new()))
             .collect();

@@ -19,6 +19,7 @@ use lapin::{Connection, ConnectionProperties};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::inbound::Inbound;
+use super::returned::Returned;
 use super::tls::{self, TlsFiles};
 
 /// Connects as [`Connection::connect_uri`] does, over a filtered stream. Dropped before its end, it
@@ -27,6 +28,7 @@ pub async fn connect(
     uri: AMQPUri,
     files: &TlsFiles,
     properties: ConnectionProperties,
+    returned: Returned,
 ) -> lapin::Result<Connection> {
     let config = files.read().await?;
     // lapin goes on without its caller: for each attempt that a frozen broker does not answer, a
@@ -44,7 +46,8 @@ pub async fn connect(
             // A TLS handshake that is never answered.
             () = abandoned.cancelled() => return Err(io::Error::from(io::ErrorKind::ConnectionAborted).into()),
         };
-        Ok(AsyncTcpStream::Plain(Filtered::new(stream, abandoned.clone())))
+        let filter = Inbound::new(returned.clone());
+        Ok(AsyncTcpStream::Plain(Filtered::new(stream, filter, abandoned.clone())))
     };
     let encrypted = matches!(uri.scheme, AMQPScheme::AMQPS);
     let connected = Connection::connector(uri, runtime, connect, properties).await;
@@ -87,7 +90,7 @@ impl Reactor for Filtering {
         let connecting = self.0.tcp_connect_addr(address);
         async move {
             let stream = AsyncTcpStream::Plain(connecting.await?);
-            Ok(Filtered::new(stream, CancellationToken::new()))
+            Ok(Filtered::new(stream, Inbound::default(), CancellationToken::new()))
         }
     }
 }
@@ -100,9 +103,9 @@ struct Filtered {
 }
 
 impl Filtered {
-    fn new(stream: TcpOrTls, abandoned: CancellationToken) -> Self {
+    fn new(stream: TcpOrTls, filter: Inbound, abandoned: CancellationToken) -> Self {
         let abandoned = Box::pin(abandoned.cancelled_owned());
-        Self { stream, filter: Inbound::default(), abandoned }
+        Self { stream, filter, abandoned }
     }
 
     fn below(self: Pin<&mut Self>) -> Pin<&mut TcpOrTls> {

@@ -137,15 +137,21 @@ impl CommandMessage {
 
     /// The command that the routing key names; the queue's own where it names none.
     pub fn kind(&self) -> CommandKind {
-        self.routing_key.as_deref().and_then(CommandKind::of_routing_key).unwrap_or(self.queue)
+        self.named().unwrap_or(self.queue)
+    }
+
+    /// The command it names: by its routing key, or by the queue that it was published straight to.
+    pub fn named(&self) -> Option<CommandKind> {
+        match &self.routing_key {
+            Some(key) => CommandKind::of_routing_key(key),
+            None => Some(self.queue),
+        }
     }
 
     /// Reads the command. Parsing 10,000 recipients takes some 20 ms: call it off the reactor for
     /// large bodies.
     pub fn parse(&self) -> Result<Command, Rejection> {
-        if let Some(key) = &self.routing_key
-            && CommandKind::of_routing_key(key).is_none()
-        {
+        if let (None, Some(key)) = (self.named(), &self.routing_key) {
             return Err(Rejection::of(format!(
                 "the routing key \"{}\" names no command; use batch-calling.submit, \
                  batch-calling.cancel or batch-calling.get",

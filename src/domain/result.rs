@@ -145,8 +145,8 @@ pub enum ResultOf {
 /// A result, ready to be published.
 #[derive(Clone, Debug)]
 pub struct ResultEvent {
-    /// What was asked.
-    pub kind: CommandKind,
+    /// What was asked; `None` where the routing key names no command.
+    pub kind: Option<CommandKind>,
     /// The producer's id of the command; one made up by the worker where it gave none.
     pub command_id: String,
     /// Copied from the command, else the command id.
@@ -168,8 +168,8 @@ impl ResultEvent {
     /// The result of `message`, whose id is `command_id`. Who publishes a command again gets the
     /// same one, under the correlation id and the trace of the message that asked.
     pub fn new(message: &CommandMessage, command_id: &str, of: ResultOf, ending: Ending) -> Self {
-        let kind = message.kind();
-        let mut name = format!("{kind}\n{command_id}\n").into_bytes();
+        let kind = message.named();
+        let mut name = format!("{}\n{command_id}\n", name(kind)).into_bytes();
         if of == ResultOf::Refusal {
             name.extend_from_slice(blake3::hash(&message.body).as_bytes());
         }
@@ -202,7 +202,7 @@ impl ResultEvent {
         );
         let operator = "The operator of call-manager has to raise max_message_size there";
         let (code, error) = match (self.kind, self.batch_id()) {
-            (CommandKind::Submit | CommandKind::Cancel, Some(batch)) => (
+            (Some(CommandKind::Submit | CommandKind::Cancel), Some(batch)) => (
                 ErrorCode::OutcomeUnknown,
                 format!(
                     "{what}; but it was done: do not publish it again. Look at batch {batch} in \
@@ -216,13 +216,18 @@ impl ResultEvent {
         Self { ending, ..self.clone() }.named()
     }
 
+    /// What was asked, in logs and routing keys: `unknown` where the routing key names no command.
+    pub fn command(&self) -> &'static str {
+        name(self.kind)
+    }
+
     /// `batch-calling.<command>.succeeded` or `.failed`: routing key and AMQP `type`.
     pub fn routing_key(&self) -> String {
         let end = match self.ending.outcome {
             Outcome::Succeeded { .. } => "succeeded",
             Outcome::Failed { .. } => "failed",
         };
-        format!("{}.{end}", self.kind.routing_key())
+        format!("batch-calling.{}.{end}", self.command())
     }
 
     /// The `status_code` header.
@@ -275,6 +280,10 @@ impl ResultEvent {
         // Strings and raw JSON written into memory have no way to fail.
         json.unwrap_or_default()
     }
+}
+
+fn name(kind: Option<CommandKind>) -> &'static str {
+    kind.map_or("unknown", CommandKind::name)
 }
 
 fn correlation_id(message: &CommandMessage, command_id: &str) -> String {
@@ -356,7 +365,7 @@ mod tests {
         assert_eq!(event.too_large(70_000).error_code(), Some(ErrorCode::OutcomeUnknown));
         let body = String::from_utf8(event.too_large(70_000).body()).unwrap();
         assert!(body.contains("do not publish it again. Look at batch btcal_1"), "{body}");
-        event.kind = CommandKind::Get;
+        event.kind = Some(CommandKind::Get);
         assert_eq!(event.too_large(70_000).error_code(), Some(ErrorCode::UpstreamUnavailable));
     }
 

@@ -76,7 +76,7 @@ impl Worker {
         }
         handler.published(command_id).await;
         info!(
-            command = event.kind.name(),
+            command = event.command(),
             command_id,
             batch_id = event.batch_id(),
             status_code = event.status_code(),

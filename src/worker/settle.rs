@@ -84,8 +84,12 @@ pub async fn settle(
     if is_recorded {
         shared.handler.published(&event.command_id).await;
     }
+    if event.kind.is_none() {
+        let command_id = &event.command_id;
+        warn!(command_id, "the routing key names no command; its result says which there are");
+    }
     info!(
-        command = event.kind.name(),
+        command = event.command(),
         command_id = event.command_id,
         batch_id = event.batch_id(),
         status_code = event.status_code(),
@@ -159,7 +163,9 @@ where
     let mut was_refused = false;
     loop {
         let error = match publish().await {
-            Err(error @ PublishError::Refused) => error,
+            // The topology is declared again with the next generation.
+            Err(error @ PublishError::Unheard { .. }) if link.declares => return Err(error),
+            Err(error @ (PublishError::Refused | PublishError::Unheard { .. })) => error,
             Ok(()) if was_refused => {
                 link.note_confirm();
                 return Ok(());

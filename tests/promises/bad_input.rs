@@ -271,7 +271,7 @@ async fn a_routing_key_the_queue_is_bound_for_but_no_command_has() {
     let body = submit_body().to_string();
     world.publish_to(&exchange, "batch-calling.retry", body.as_bytes(), with_id("m")).await;
     let result = world.next_result().await;
-    assert_eq!(result.routing_key, "batch-calling.submit.failed");
+    assert_eq!(result.routing_key, "batch-calling.unknown.failed");
     refused(&mut world, &result, "the routing key \"batch-calling.retry\" names no command").await;
     world.finish().await;
 }

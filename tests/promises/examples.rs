@@ -198,9 +198,10 @@ async fn an_example_submit_that_cannot_ask_exits_with_2() {
     for (name, ..) in SUBMITS {
         let world = World::without_worker().await;
         let mut example = Example::of(name, &world);
-        let submits = world.topology.queue(CommandKind::Submit);
-        let delete = world.channel.queue_delete(submits.into(), QueueDeleteOptions::default());
-        delete.await.unwrap();
+        for queue in [world.topology.queue(CommandKind::Submit), world.topology.unknown()] {
+            let delete = world.channel.queue_delete(queue.into(), QueueDeleteOptions::default());
+            delete.await.unwrap();
+        }
         let ended = example.run(&[]).await;
         assert_eq!((ended.code, ended.out.as_str()), (Some(2), ""));
         let seen = ["no queue takes submits", "Unroutable"];
@@ -403,7 +404,7 @@ async fn the_asyncapi_document_names_what_the_worker_declares() {
     }
     assert_eq!(exchanges, [default.commands_exchange(), default.results_exchange()].into());
     let mut declared: BTreeSet<_> = CommandKind::ALL.map(|kind| default.queue(kind)).into();
-    declared.extend([default.unrouted(), default.dead_letter()]);
+    declared.extend([default.unknown(), default.unrouted(), default.dead_letter()]);
     assert_eq!(queues, declared);
     for kind in CommandKind::ALL {
         let channel = &document["channels"][format!("{kind}s")];

@@ -47,6 +47,7 @@ mod reconnect;
 mod request;
 mod results;
 mod retries;
+mod routing;
 mod row;
 mod stalls;
 mod start;

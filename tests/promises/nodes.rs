@@ -82,7 +82,7 @@ async fn a_request_that_takes_longer_than_the_ack_time_out_of_the_broker() {
         // only the consumer is told.
         let log = tokio::fs::read_to_string(&log).await.unwrap();
         log.contains("delivery acknowledgement on channel")
-            || row.worker.log().contains("the broker stopped delivering from the submit queue")
+            || row.worker.log().contains("the broker stopped delivering from the queue ")
     })
     .await;
     row.answered(1).await;
