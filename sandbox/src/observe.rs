@@ -1,6 +1,7 @@
 //! What a test can see of the sandbox from behind: its batches, and the requests it got.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use bytes::Bytes;
 use serde::Serialize;
@@ -62,6 +63,9 @@ pub struct Request {
     pub fault: Option<String>,
     /// Whether the vendor did what was asked, or refused it, whatever the client saw.
     pub processed: bool,
+    /// When it had come, to its last byte; not in JSON.
+    #[serde(skip)]
+    pub at: Instant,
     /// The body; a string where it is no JSON, null where there is none.
     pub body: Value,
 }
@@ -80,6 +84,7 @@ pub(crate) struct Entry {
     pub(crate) status: Option<u16>,
     pub(crate) fault: Option<&'static str>,
     pub(crate) processed: bool,
+    pub(crate) at: Instant,
     pub(crate) body: Bytes,
 }
 
@@ -131,6 +136,7 @@ impl Entry {
             status: self.status,
             fault: self.fault.map(str::to_owned),
             processed: self.processed,
+            at: self.at,
             body,
         }
     }
@@ -148,6 +154,7 @@ mod tests {
             status: None,
             fault: None,
             processed: false,
+            at: Instant::now(),
             body,
         }
     }

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -199,6 +199,7 @@ impl Seen {
             status: None,
             fault,
             processed: false,
+            at: Instant::now(),
             body,
         });
         Self {

@@ -145,17 +145,22 @@ async fn a_get_of_an_unknown_id_is_not_found_and_does_not_keep_the_submit_from_b
 #[tokio::test]
 async fn submits_and_their_cancels_that_wait_in_the_queues_end_with_nobody_called() {
     let mut world = World::without_worker().await;
-    let slow = Fault::on(Route::Submit, Effect::Latency(Duration::from_millis(30)));
-    world.sandbox.order(slow.until_cleared().with_probability(0.5, 1));
+    let slow = Fault::on(Route::Submit, Effect::Latency(Duration::from_millis(300)));
+    world.sandbox.order(slow.until_cleared());
     let ids: Vec<_> = (0..25).map(|n| format!("m-{n}")).collect();
     for id in &ids {
         submit(&world, id).await;
     }
-    for id in &ids {
+    let (first, last) = ids.split_at(12);
+    for id in last {
         publish(&world, CANCEL, id).await;
     }
-    // Fewer at a time than there are, so that some meet on their way and some do not.
+    // Fewer at a time than there are, so that some are cancelled on their way, and some before it.
     world.start_worker(|settings| settings.broker.prefetch = 8).await;
+    until("some are on their way", async || world.requests(Route::Submit) > 0).await;
+    for id in first {
+        publish(&world, CANCEL, id).await;
+    }
     let results = results(&mut world, 2 * ids.len()).await;
     for id in &ids {
         let (submitted, cancelled) = (&results[id], &results[&format!("cancel-{id}")]);
@@ -171,6 +176,7 @@ async fn submits_and_their_cancels_that_wait_in_the_queues_end_with_nobody_calle
     assert!(batches.iter().all(|batch| batch.status == BatchStatus::Cancelled));
     let done = ids.iter().filter(|id| results[*id].code() == "200").count();
     assert_eq!(batches.len(), done, "no batch that nobody was told of");
+    assert!((1..ids.len()).contains(&done), "{done} of {} were on their way", ids.len());
     world.finish().await;
 }
 

@@ -1,15 +1,17 @@
 //! A thousand random mutations of valid messages: every one answered or refused, no panic, nothing
 //! left unacknowledged.
 
+use std::collections::HashMap;
+
 use call_manager::domain::command::CommandKind;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{World, submit_body};
+use crate::support::{Received, World, submit_body};
 
 const MESSAGES: usize = 1_000;
 
@@ -102,6 +104,49 @@ fn properties((id, correlation, content_type, reply_to, traced): Properties) -> 
     properties
 }
 
+/// A message whose id no other one has.
+struct Sent {
+    kind: CommandKind,
+    body: Vec<u8>,
+    is_json: bool,
+}
+
+impl Sent {
+    /// By the schema alone, which is what a producer has.
+    fn judge(&self, result: &Received, world: &World) {
+        let (kind, body) = (self.kind, String::from_utf8_lossy(&self.body));
+        let read: Option<Value> = serde_json::from_slice(&self.body).ok();
+        let schema = schema(kind);
+        let is_valid = read.as_ref().is_some_and(|body| jsonschema::is_valid(&schema, body));
+        let is_refused = result.code() == "400 invalid_command";
+        assert_eq!(is_refused, !(is_valid && self.is_json), "{kind} {body}: {}", result.body);
+        if kind == CommandKind::Submit && result.code() == "200" {
+            let (read, id) = (read.unwrap(), &result.json["data"]["id"]);
+            let batches = world.sandbox.batches();
+            let batch = batches.iter().find(|batch| *id == batch.id).expect("there is a batch");
+            assert_eq!(read["call_name"], batch.name, "{body}");
+            let numbers = batch.recipients.iter().map(|one| one.phone_number.clone());
+            let asked = read["recipients"].as_array().unwrap().iter();
+            let asked = asked.map(|one| one["phone_number"].as_str().map(str::to_owned));
+            assert!(numbers.eq(asked), "{body}");
+        }
+    }
+}
+
+/// Whether a content type is as good as none.
+fn names_none(content_type: &str) -> bool {
+    content_type.split(';').next().is_none_or(|essence| essence.trim().is_empty())
+}
+
+fn schema(kind: CommandKind) -> Value {
+    let text = match kind {
+        CommandKind::Submit => include_str!("../../schemas/submit.json"),
+        CommandKind::Cancel => include_str!("../../schemas/cancel.json"),
+        CommandKind::Get => include_str!("../../schemas/get.json"),
+    };
+    serde_json::from_str(text).unwrap()
+}
+
 #[tokio::test]
 async fn a_thousand_mutated_messages_are_all_answered_or_refused() {
     let mut world = World::start().await;
@@ -111,7 +156,7 @@ async fn a_thousand_mutated_messages_are_all_answered_or_refused() {
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let strategy = mutation();
     let mut refused = 0;
-    let mut published = Vec::new();
+    let (mut sent, mut published, mut judged) = (HashMap::new(), 0, 0);
     for _ in 0..MESSAGES / 100 {
         for _ in 0..100 {
             let (kind, edits, given) = strategy.new_tree(&mut runner).unwrap().current();
@@ -124,11 +169,19 @@ async fn a_thousand_mutated_messages_are_all_answered_or_refused() {
             for edit in &edits {
                 apply(&mut body, edit);
             }
-            published.push(String::from_utf8_lossy(&body).into_owned());
+            published += 1;
+            if let Some(id) = given.0.clone().filter(|id| id != "the-same") {
+                let is_json = given.2.as_deref().is_none_or(names_none);
+                sent.insert(id, Sent { kind, body: body.clone(), is_json });
+            }
             world.publish(kind, &body, properties(given)).await;
         }
         for _ in 0..100 {
             let result = world.next_result().await;
+            if let Some(sent) = sent.get(&result.command_id()) {
+                sent.judge(&result, &world);
+                judged += 1;
+            }
             if result.code() == "400 invalid_command" {
                 refused += 1;
             } else {
@@ -141,7 +194,8 @@ async fn a_thousand_mutated_messages_are_all_answered_or_refused() {
             }
         }
     }
-    assert_eq!(published.len(), MESSAGES);
+    assert_eq!(published, MESSAGES);
+    assert!(judged > MESSAGES / 2, "{judged} were judged");
     // Were it all or nothing, the mutations would be too wild or too tame to find anything.
     assert!((200..900).contains(&refused), "{refused} of {MESSAGES} were refused");
     world.finish().await;

@@ -106,10 +106,10 @@ async fn a_header_that_is_misspelt_is_refused_and_not_overlooked() {
 async fn the_time_is_looked_at_before_each_attempt() {
     let mut world = World::start().await;
     let limited = Effect::Status(
-        Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.").retry_after("3"),
+        Reply::vendor_error(429, "rate_limit_exceeded", "Slow down.").retry_after("6"),
     );
     world.sandbox.order(Fault::on(Route::Submit, limited));
-    submit(&world, in_seconds(2)).await;
+    submit(&world, in_seconds(4)).await;
     let result = world.next_result().await;
     assert_eq!(result.code(), "500 expired");
     assert_eq!((world.requests(Route::Submit), world.sandbox.batches().len()), (1, 0));

@@ -1,5 +1,6 @@
 //! While ElevenLabs cannot be used, commands wait in their queue; none fails, and cancels go first.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::net::TcpListener;
 use std::time::{Duration, Instant, SystemTime};
@@ -99,7 +100,13 @@ async fn a_key_that_was_changed_fails_no_campaign_however_long_it_takes() {
     // Past the horizon and the time in hand: into a delay queue and out of it again.
     let retry = world.topology.delay(call_manager::broker::Delay::Short);
     until("what was in hand is deferred", async || world.queue(&retry).await.0 > 0).await;
-    until("some of it comes back", async || world.queue(&retry).await.0 < 30).await;
+    let most = Cell::new(0);
+    until("some of it comes back", async || {
+        let there = world.queue(&retry).await.0;
+        most.set(most.get().max(there));
+        there < most.get()
+    })
+    .await;
     let sent = world.requests(Route::Submit);
     world.sandbox.clear_faults();
     // What they waited for the key is not held against them.
@@ -140,11 +147,13 @@ async fn a_time_that_elevenlabs_asks_for_is_given_to_it_by_all_commands_but_canc
     assert_eq!(world.next_result().await.command_id(), "cancel", "people are left alone at once");
     world.publish(CommandKind::Get, body.as_bytes(), with_id("get")).await;
     assert!(since.elapsed() < asked / 2, "{:?}", since.elapsed());
-    let reads = world.requests(Route::Get) + world.requests(Route::List) + world.probes();
-    assert_eq!(reads, 1, "nothing was asked of it meanwhile, but at the start");
+    let before = world.sandbox.requests();
     let results = results(&mut world, 2).await;
-    assert!(since.elapsed() >= asked * 9 / 10, "{:?}", since.elapsed());
     assert!(results.values().all(|result| result.code() == "200"));
+    // The first thing that is asked of it again, of any kind.
+    let turned_away = before.iter().rfind(|request| request.route == Route::Submit).unwrap().at;
+    let next = world.sandbox.requests()[before.len()].at;
+    assert!(next - turned_away >= asked * 9 / 10, "{:?}", next - turned_away);
     world.finish().await;
 }
 
@@ -206,12 +215,12 @@ async fn a_lost_submit_past_its_time_waits_for_the_key_without_asking_all_the_ti
     world.sandbox.order(Fault::on(Route::Submit, Effect::ResetAfter));
     world.sandbox.order(Fault::on(Route::List, status(401)).until_cleared());
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-    let properties = with_header("m", "not_after", AMQPValue::Timestamp(now + 1));
+    let properties = with_header("m", "not_after", AMQPValue::Timestamp(now + 3));
     world.publish(SUBMIT, submit_body().to_string().as_bytes(), properties).await;
     let since = Instant::now();
-    until("its time is over", async || since.elapsed() >= Duration::from_secs(4)).await;
+    until("its time is over", async || since.elapsed() >= Duration::from_secs(6)).await;
     let looked = world.requests(Route::List) + world.probes();
-    assert!(looked < 20, "{looked} looks in 4 s");
+    assert!(looked < 30, "{looked} looks in 6 s");
     world.sandbox.clear_faults();
     assert_eq!(world.next_result().await.code(), "200", "its batch exists");
     world.finish().await;

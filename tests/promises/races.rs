@@ -135,7 +135,7 @@ async fn taken_over_from_a_frozen_worker(effect: Effect) -> usize {
 #[tokio::test]
 async fn the_batch_of_a_frozen_worker_is_adopted_by_the_one_that_takes_over() {
     // It is frozen well before the vendor answers.
-    let slow = Effect::Latency(Duration::from_millis(400));
+    let slow = Effect::Latency(Duration::from_millis(800));
     assert_eq!(taken_over_from_a_frozen_worker(slow).await, 1);
 }
 
