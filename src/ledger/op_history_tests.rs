@@ -20,6 +20,7 @@ enum Step {
     Release { worker: usize, may_have_left: bool },
     Die { worker: usize },
     Find { strike: Option<Millis> },
+    Condemn { worker: usize },
 }
 
 const WORKERS: usize = 3;
@@ -39,6 +40,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(worker, may_have_left)| Step::Release { worker, may_have_left }),
         1 => worker().prop_map(|worker| Step::Die { worker }),
         2 => strike.prop_map(|strike| Step::Find { strike }),
+        1 => worker().prop_map(|worker| Step::Condemn { worker }),
     ];
     vec(step, 1..80)
 }
@@ -99,6 +101,7 @@ impl History {
             Step::Die { worker } => self.workers[worker] = None,
             Step::Claim { worker, other_body } => self.claim(worker, other_body)?,
             Step::Find { strike } => self.find(strike)?,
+            Step::Condemn { worker } => self.condemn(worker)?,
             Step::Renew { worker, attempts } => {
                 if let Some(claimed) = self.workers[worker] {
                     self.renew(worker, claimed, attempts)?;
@@ -278,6 +281,39 @@ impl History {
         Ok(())
     }
 
+    /// As the ledger does: asks first, and then says what it has seen.
+    fn condemn(&mut self, worker: usize) -> Result<(), TestCaseError> {
+        let (now, by) = (self.now(), Uuid::from_u128(worker as u128));
+        let before = self.row.clone();
+        let asked = super::condemn(by, None).apply(&mut self.row, now);
+        prop_assert_eq!(&self.row, &before, "to ask changes nothing");
+        if self.body.is_some_and(|known| known != BODY) {
+            self.met.insert("condemned with another body");
+            prop_assert_eq!(asked, Reply::Conflict);
+            return Ok(());
+        }
+        if let Some(ending) = &self.ending {
+            prop_assert_eq!(super::ending(&asked), &**ending, "settled for ever");
+            return Ok(());
+        }
+        if let Some((holder, _, until)) = self.holder
+            && holder != worker
+            && until > now
+        {
+            self.met.insert("condemned while another holds it");
+            prop_assert_eq!(asked, Reply::InHand { remaining: span(until - now) });
+            return Ok(());
+        }
+        let is_begun = self.begun.is_some();
+        prop_assert_eq!(super::begun(&asked), is_begun, "whether a request may have left");
+        self.met.insert(if is_begun { "condemned when begun" } else { "condemned" });
+        let ending = format!("condemned, begun: {is_begun}");
+        let reply = super::condemn(by, Some((is_begun, &ending))).apply(&mut self.row, now);
+        prop_assert_eq!(super::ending(&reply), &*ending, "it is recorded");
+        (self.ending, self.struck_until) = (Some(ending.into()), None);
+        Ok(())
+    }
+
     fn find(&mut self, strike: Option<Millis>) -> Result<(), TestCaseError> {
         let now = self.now();
         let reply = Op::Find { strike: strike.map(span) }.apply(&mut self.row, now);
@@ -318,6 +354,10 @@ fn no_history_of_claims_crashes_and_clocks_breaks_a_promise() {
         "claimed",
         "claimed when settled",
         "claimed when struck",
+        "condemned",
+        "condemned when begun",
+        "condemned while another holds it",
+        "condemned with another body",
         "failed when taken over",
         "held",
         "let go of",

@@ -272,3 +272,19 @@ fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Columns> {
         batch_key: row.get(16)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_committed_is_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let sqlite = Sqlite::open(&folder.path().join("ledger.db"), "http://elevenlabs").unwrap();
+        let set = |name| sqlite.connection.pragma_query_value(None, name, |row| row.get(0));
+        // 2 is FULL.
+        assert_eq!((set("synchronous"), set("fullfsync")), (Ok(2), Ok(1)));
+        let journal = sqlite.connection.pragma_query_value(None, "journal_mode", |row| row.get(0));
+        assert_eq!(journal, Ok("wal".to_owned()));
+    }
+}

@@ -11,7 +11,6 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 use tokio::time::timeout;
 
-#[cfg(feature = "crash-points")]
 use crate::process::Process;
 use crate::support::{
     LIMIT, Received, World, consume, exclusive_queue, submit_body, until, with_id,
@@ -164,7 +163,6 @@ async fn headers_of_a_deferral_that_a_producer_makes_up_do_no_harm() {
     world.finish().await;
 }
 
-#[cfg(feature = "crash-points")]
 #[tokio::test]
 async fn a_worker_that_dies_between_deferral_and_ack_makes_no_second_batch() {
     let mut world = World::without_worker().await;

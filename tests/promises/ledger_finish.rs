@@ -36,6 +36,42 @@ async fn unfinished_submits_are_named_until_their_result_is_published(place: &Pl
     until("one is published", async || named(&ledger).await == expected[..2]).await;
 }
 
+kept_by!(sqlite postgres memory: what_is_condemned_ends_by_what_was_begun_of_it);
+async fn what_is_condemned_ends_by_what_was_begun_of_it(place: &Place) {
+    let ledger = place.open().await;
+    drop(fresh(&ledger, "begun").await);
+    fresh(&ledger, "released").await.release(false, 3).await.unwrap();
+    settle(&fresh(&ledger, "settled").await, &created("b-1")).await.unwrap();
+    let ending_of = |attempts: u32, begun: bool| failed(&format!("{attempts}, {begun}"));
+    let condemn = async |id: &str, body, doubt| ledger.condemn(id, body, doubt, ending_of).await;
+    for (id, doubt, ending) in [
+        ("nobody", false, failed("0, false")),
+        ("in-doubt", true, failed("0, true")),
+        ("begun", false, failed("1, true")),
+        ("released", false, failed("3, false")),
+        ("settled", false, created("b-1")),
+    ] {
+        for _ in 0..2 {
+            let Found::Settled(found) = condemn(id, BODY, doubt).await.unwrap() else {
+                panic!("{id} has an ending")
+            };
+            assert_same(&found.ending, &ending);
+            assert_same(&settled(&ledger, id).await, &ending);
+        }
+    }
+    let other = condemn("begun", Uuid::from_u128(9), false).await.unwrap();
+    assert!(matches!(other, Found::Conflict));
+}
+
+kept_by!(postgres: what_another_worker_has_in_hand_is_not_condemned);
+async fn what_another_worker_has_in_hand_is_not_condemned(place: &Place) {
+    let (ledger, other) = (place.open().await, place.open().await);
+    let lease = fresh(&ledger, "c-1").await;
+    let condemned = other.condemn("c-1", BODY, false, |_, _| failed("no")).await.unwrap();
+    assert!(matches!(condemned, Found::InHand));
+    assert_same(&settle(&lease, &created("b-1")).await.unwrap(), &created("b-1"));
+}
+
 async fn is_published(ledger: &Ledger, id: &str) -> bool {
     matches!(ledger.take_over(id).await, Ok(Some(Claim::Settled(ended))) if ended.published)
 }

@@ -15,7 +15,6 @@ mod account;
 mod bad_input;
 mod by_command_id;
 mod commands;
-#[cfg(feature = "crash-points")]
 mod crash;
 mod deferral;
 mod documents;

@@ -3,14 +3,12 @@
 mod cluster;
 mod drained;
 mod expiration;
-#[cfg(feature = "crash-points")]
 mod finisher;
 mod headers;
 mod lanes;
 mod network;
 mod nodes;
 mod outage;
-#[cfg(feature = "crash-points")]
 mod poison;
 mod processes;
 mod purged;
