@@ -10,6 +10,7 @@ use tokio::process::Command;
 use crate::load::{Load, until_memory_is_back};
 use crate::process::Process;
 use crate::support::postgres::Server;
+use crate::support::wait::until_within;
 use crate::support::{World, until};
 
 /// How long it has to stay quiet.
@@ -96,6 +97,7 @@ impl Trial {
         self.load.until_all_answered().await;
         assert_eq!(self.worker.health().await, Some(200), "{}", self.name);
         eprintln!("{}: done {took:.1?} after the fault", self.name);
+        assert!(took < Duration::from_secs(20), "{}: {took:?}", self.name);
         until_memory_is_back(&self.worker, self.resident).await;
         self.worker.stop().await;
         self.load.verify(&mut self.world).await;
@@ -244,7 +246,8 @@ async fn a_worker_with_nothing_to_do_notices_that_its_ledger_is_away() {
     let worker = Process::consuming(&world, server.url(), &SETTINGS).await;
     until("it is ready", async || worker.ready().await.0 == 200).await;
     server.stop(false).await;
-    until("it says so", async || worker.ready().await.1.contains("\"ledger: ")).await;
+    let told = async || worker.ready().await.1.contains("\"ledger: ");
+    until_within(Duration::from_secs(20), "it says so", told).await;
     server.start_again().await;
     until("it is ready again", async || worker.ready().await.0 == 200).await;
     worker.stop().await;

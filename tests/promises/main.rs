@@ -25,6 +25,7 @@ mod finish;
 mod foreign;
 mod handler;
 mod headers;
+mod interrupted;
 mod keys;
 mod lanes;
 mod ledger;

@@ -154,6 +154,11 @@ impl Process {
         (response.status().as_u16(), response.text().await.unwrap())
     }
 
+    /// Returns when it has ended, however that came.
+    pub async fn ended(&mut self) {
+        self.child.wait().await.unwrap();
+    }
+
     /// Kills it, as the kernel or a power cut does.
     pub async fn kill(mut self) {
         self.child.start_kill().unwrap();

@@ -27,23 +27,73 @@ const CANCEL_EXPIRES: Duration = Duration::from_secs(5);
 /// How long a submit is at ElevenLabs: the strike is written before it is done.
 const IN_FLIGHT: Duration = Duration::from_secs(6);
 
-/// The server keeps the COMMIT of the strike waiting until the test lets it go.
-const HOLD: &str = "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
-     PERFORM pg_advisory_xact_lock(hashtext(current_schema())); RETURN NULL; END $$; \
-     CREATE CONSTRAINT TRIGGER hold AFTER UPDATE ON call_manager_submits \
-     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW \
-     WHEN (NEW.command_id = 'm' AND NEW.struck_until IS NOT NULL) EXECUTE FUNCTION hold(); \
-     SELECT pg_advisory_lock(hashtext(current_schema()))";
+/// The rows with the strike, of the trigger's and of a query's.
+const STRUCK: &str = "NEW.command_id = 'm' AND NEW.struck_until IS NOT NULL";
 const LET_GO: &str = "SELECT pg_advisory_unlock(hashtext(current_schema()))";
-const STRUCK: &str = "SELECT count(*) FROM call_manager_submits \
-     WHERE command_id = 'm' AND struck_until IS NOT NULL";
+
+/// A PostgreSQL behind a proxy, which loses the answer to one COMMIT.
+pub struct Remote {
+    database: Database,
+    proxy: Proxy,
+    /// Of the worker's sessions.
+    name: String,
+    pub url: String,
+}
+
+impl Remote {
+    pub async fn start() -> Self {
+        let database = Database::create().await;
+        let config: tokio_postgres::Config = database.url().parse().unwrap();
+        let direct = format!("127.0.0.1:{}", config.get_ports()[0]);
+        let proxy = Proxy::to(direct.parse().unwrap()).await;
+        let name = format!("remote-{}", Uuid::now_v7());
+        let url = database.url().replace(&direct, &proxy.address.to_string());
+        let url = format!("{url}&application_name={name}");
+        Self { database, proxy, name, url }
+    }
+
+    /// The server keeps the COMMIT of such rows waiting until the test lets it go.
+    pub async fn hold(&self, rows: &str) {
+        let hold = format!(
+            "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+             PERFORM pg_advisory_xact_lock(hashtext(current_schema())); RETURN NULL; END $$; \
+             CREATE CONSTRAINT TRIGGER hold AFTER INSERT OR UPDATE ON call_manager_submits \
+             DEFERRABLE INITIALLY DEFERRED FOR EACH ROW \
+             WHEN ({rows}) EXECUTE FUNCTION hold(); \
+             SELECT pg_advisory_lock(hashtext(current_schema()))"
+        );
+        self.database.run(&hold).await;
+    }
+
+    /// Returns when such a row is written and the worker has no answer to that.
+    pub async fn until_lost(&self, rows: &str) {
+        self.database.until_waiting(&self.name).await;
+        self.proxy.blackhole(Towards::Client, Hole::Swallows);
+        self.database.run(LET_GO).await;
+        let own = client(&self.database.url()).await;
+        let written = format!("SELECT count(*) FROM call_manager_submits AS new WHERE {rows}");
+        let is_written = async || {
+            let row = own.query_one(&written, &[]).await.unwrap();
+            row.get::<_, i64>(0) == 1
+        };
+        until("it is written", is_written).await;
+    }
+
+    pub fn heal(&self) {
+        self.proxy.heal();
+    }
+
+    pub async fn clean_up(self) {
+        self.database.drop().await;
+    }
+}
 
 /// What keeps the answer from the worker.
 enum Lost {
     /// The disk stalls in the COMMIT for longer than the worker waits.
     Sqlite(Disk),
     /// The connection loses what the server answers.
-    Postgres { database: Database, proxy: Box<Proxy>, name: String, url: String },
+    Postgres(Box<Remote>),
 }
 
 impl Lost {
@@ -52,14 +102,7 @@ impl Lost {
     }
 
     async fn postgres() -> Self {
-        let database = Database::create().await;
-        let config: tokio_postgres::Config = database.url().parse().unwrap();
-        let direct = format!("127.0.0.1:{}", config.get_ports()[0]);
-        let proxy = Box::new(Proxy::to(direct.parse().unwrap()).await);
-        let name = format!("strikes-{}", Uuid::now_v7());
-        let url = database.url().replace(&direct, &proxy.address.to_string());
-        let url = format!("{url}&application_name={name}");
-        Self::Postgres { database, proxy, name, url }
+        Self::Postgres(Box::new(Remote::start().await))
     }
 
     async fn worker(&self, world: &World) -> Process {
@@ -68,7 +111,7 @@ impl Lost {
                 let more = [&disk.environment()[..], &[TIMEOUT]].concat();
                 Process::consuming(world, &world.drained_ledger().await, &more).await
             }
-            Self::Postgres { url, .. } => Process::consuming(world, url, &[TIMEOUT]).await,
+            Self::Postgres(remote) => Process::consuming(world, &remote.url, &[TIMEOUT]).await,
         }
     }
 
@@ -76,7 +119,7 @@ impl Lost {
     async fn begin(&self) {
         match self {
             Self::Sqlite(disk) => disk.stall(),
-            Self::Postgres { database, .. } => database.run(HOLD).await,
+            Self::Postgres(remote) => remote.hold(STRUCK).await,
         }
     }
 
@@ -84,17 +127,7 @@ impl Lost {
     async fn until_lost(&self, worker: &Process) {
         match self {
             Self::Sqlite(_) => worker.until_logged("deferred command=\"cancel\"").await,
-            Self::Postgres { database, proxy, name, .. } => {
-                database.until_waiting(name).await;
-                proxy.blackhole(Towards::Client, Hole::Swallows);
-                database.run(LET_GO).await;
-                let own = client(&database.url()).await;
-                let is_struck = async || {
-                    let row = own.query_one(STRUCK, &[]).await.unwrap();
-                    row.get::<_, i64>(0) == 1
-                };
-                until("the strike is written", is_struck).await;
-            }
+            Self::Postgres(remote) => remote.until_lost(STRUCK).await,
         }
     }
 
@@ -102,13 +135,13 @@ impl Lost {
     fn end(&self) {
         match self {
             Self::Sqlite(disk) => disk.go_on(),
-            Self::Postgres { proxy, .. } => proxy.heal(),
+            Self::Postgres(remote) => remote.heal(),
         }
     }
 
     async fn clean_up(self) {
-        if let Self::Postgres { database, .. } = self {
-            database.drop().await;
+        if let Self::Postgres(remote) = self {
+            remote.clean_up().await;
         }
     }
 }

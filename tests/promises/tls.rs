@@ -1,4 +1,4 @@
-//! TLS to the broker: a private authority, a client certificate, and what a failed handshake says.
+//! TLS to the broker and to PostgreSQL: a private authority, a client certificate, and what a failed handshake says.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,9 @@ use tempfile::TempDir;
 use crate::process::Process;
 use crate::start::{finished, program};
 use crate::support::node::Node;
-use crate::support::{World, until};
+use crate::support::postgres::{Server, client};
+use crate::support::{World, amqp_url, until};
+use crate::topology::refusal;
 
 /// An authority with a directory that it writes PEM files to.
 struct Authority {
@@ -219,4 +221,43 @@ async fn a_failed_handshake_says_what_to_do() {
     std::fs::copy(&authority, &renewed).unwrap();
     worker.until_logged("consuming").await;
     worker.stop().await;
+}
+
+#[tokio::test]
+async fn a_ledger_with_sslmode_require_is_reached_over_tls_alone() {
+    let mut server = Server::start().await;
+    let mut world = World::without_worker().await;
+    let sign = if server.url().contains('?') { '&' } else { '?' };
+    let ledger = format!("{}{sign}sslmode=require", server.url());
+    let (amqp, vendor) = (amqp_url(), world.sandbox.base_url());
+    let settings = [
+        ("AMQP_URL", amqp.as_str()),
+        ("AMQP_PREFIX", "test-nothing-of-this-name"),
+        ("ELEVENLABS_BASE_URL", &vendor),
+        ("LEDGER_URL", &ledger),
+    ];
+    let said = refusal(&settings).await;
+    assert!(said.contains("server does not support TLS"), "{said}");
+
+    let authority = Authority::new();
+    let (certificate, key) = authority.issue("postgres", Some("127.0.0.1"));
+    server.encrypt(&certificate, &key).await;
+    // A certificate is renewed at either end: that may pass.
+    let stranger = Process::start(&world, &ledger, &[]);
+    stranger.until_logged("no ledger; trying again").await;
+    assert!(stranger.log().contains("UnknownIssuer"), "{}", stranger.log());
+    stranger.stop().await;
+
+    let ca = authority.authority();
+    let trusting = [("SSL_CERT_FILE", ca.to_str().unwrap())];
+    let worker = Process::consuming(&world, &ledger, &trusting).await;
+    assert!(!world.submitted().await.is_empty());
+    let count = "SELECT count(*) FILTER (WHERE ssl), count(*) FROM pg_stat_ssl \
+                 JOIN pg_stat_activity USING (pid) WHERE application_name = 'call-manager'";
+    let found = client(server.url()).await.query_one(count, &[]).await.unwrap();
+    let (encrypted, all) = (found.get::<_, i64>(0), found.get::<_, i64>(1));
+    assert!(all > 0 && encrypted == all, "{encrypted} of {all} are encrypted");
+    worker.stop().await;
+    world.finish().await;
+    server.end().await;
 }

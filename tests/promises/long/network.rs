@@ -13,15 +13,18 @@ use crate::support::wait::until_within;
 #[tokio::test]
 async fn silence_is_noticed_by_the_usual_heartbeats_and_survived() {
     tokio::join!(
-        silence(Towards::Client, Hole::Swallows, ""),
-        silence(Towards::Client, Hole::Stalls, ""),
-        silence(Towards::Server, Hole::Swallows, ""),
-        silence(Towards::Server, Hole::Stalls, ""),
+        silence(Towards::Client, Hole::Swallows, USUAL),
+        silence(Towards::Client, Hole::Stalls, USUAL),
+        silence(Towards::Server, Hole::Swallows, USUAL),
+        silence(Towards::Server, Hole::Stalls, USUAL),
     );
 }
 
+/// The worker's own heartbeat of ten seconds.
+const USUAL: (&str, Duration) = ("", Duration::from_secs(45));
+
 /// Missed only after two minutes: longer than the row waits.
-const SELDOM: &str = "?heartbeat=60";
+const SELDOM: (&str, Duration) = ("?heartbeat=60", Duration::from_secs(45));
 
 #[tokio::test]
 async fn silence_that_no_heartbeat_finds_in_time_is_noticed_by_the_limits_of_the_worker() {
@@ -60,7 +63,7 @@ async fn consumer_gone(nth: usize) {
     let (number, (channel, tag)) = consumers.swap_remove(nth);
     trial.proxy.make(&Mistake::Cancel(tag), number, channel);
     // It has to be missed by two pulses.
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_secs(40);
     until_within(limit, "the worker connects again", async || trial.proxy.accepted() > served)
         .await;
     trial.world.until_consuming().await;

@@ -5,12 +5,17 @@ use std::time::Duration;
 
 use call_manager::domain::command::{CommandKind, marker};
 use elevenlabs_sandbox::{Effect, Fault, Route};
+use futures_util::StreamExt as _;
+use futures_util::future::join_all;
 use lapin::options::{BasicGetOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use crate::process::Process;
+use crate::support::postgres::Database;
 use crate::support::wait::until_within;
-use crate::support::{World, submit_body, until, with_id};
+use crate::support::{Received, World, listen, submit_body, until, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
 
@@ -130,4 +135,62 @@ async fn a_submit_that_was_begun_is_not_called_undone_because_it_is_poison() {
     let dead = world.topology.dead_letter();
     assert_eq!(world.queue(&dead).await.0, 1);
     world.clean_up().await;
+}
+
+/// One of a pool, started again whenever the poison has killed it; returns how often that was.
+async fn restarted(world: &World, ledger: &str, done: &CancellationToken) -> usize {
+    let mut deaths = 0;
+    loop {
+        let mut worker = Process::start(world, ledger, &[("CRASH_ON", "poison")]);
+        tokio::select! {
+            () = worker.ended() => deaths += 1,
+            () = done.cancelled() => {
+                worker.stop().await;
+                return deaths;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn poison_in_a_pool_of_three_is_given_up_and_takes_no_other_command_along() {
+    const OTHERS: usize = 40;
+    let world = World::without_worker().await;
+    let database = Database::create().await;
+    // One that has seen the queues empty: what comes back may have been begun in another, else.
+    Process::consuming(&world, &database.url(), &[]).await.stop().await;
+    database.run("UPDATE call_manager_ledger SET drained_at = 0").await;
+    let body = submit_body().to_string();
+    let slow = Effect::Latency(Duration::from_millis(300));
+    world.sandbox.order(Fault::on(Route::Submit, slow).until_cleared());
+    for n in 0..OTHERS {
+        world.publish(SUBMIT, body.as_bytes(), with_id(&format!("m-{n}"))).await;
+        if n == OTHERS / 2 {
+            world.publish(SUBMIT, body.as_bytes(), with_id("poison")).await;
+        }
+    }
+    let (ledger, done) = (database.url(), CancellationToken::new());
+    let mut results = listen(&world.channel, &world.topology.results_exchange()).await;
+    let pool = join_all((0..3).map(|_| restarted(&world, &ledger, &done)));
+    let answered = async {
+        let mut codes = HashMap::new();
+        while codes.len() < OTHERS + 1 {
+            let result = timeout(LONG, results.next()).await.expect("a result comes in time");
+            let result = Received::checked(&result.unwrap().unwrap());
+            codes.insert(result.command_id(), result.code());
+        }
+        done.cancel();
+        codes
+    };
+    let (deaths, mut codes) = tokio::join!(pool, answered);
+    assert_eq!(codes.remove("poison").as_deref(), Some("500 poison_message"));
+    assert!(codes.values().all(|code| code == "200"), "{codes:?}");
+    let deaths: usize = deaths.into_iter().sum();
+    assert!(deaths <= TIMES, "{deaths} deaths");
+    assert_eq!(world.sandbox.batches().len(), OTHERS, "one each");
+    let purge = QueuePurgeOptions::default();
+    let dead = world.channel.queue_purge(world.topology.dead_letter().into(), purge).await.unwrap();
+    assert_eq!(dead, 1);
+    world.finish().await;
+    database.drop().await;
 }

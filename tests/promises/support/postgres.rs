@@ -1,5 +1,6 @@
 //! PostgreSQL for tests: a schema each in the database of this run, or a server of their own to break.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -119,6 +120,13 @@ impl Server {
     /// Again, after a stop: on the same port, with the same data.
     pub async fn start_again(&mut self) {
         self.order("start").await;
+    }
+
+    /// Speaks TLS with this certificate and key.
+    pub async fn encrypt(&mut self, certificate: &Path, key: &Path) {
+        self.stop(false).await;
+        self.order(&format!("encrypt {} {}", certificate.display(), key.display())).await;
+        self.start_again().await;
     }
 
     /// Removes the server.
