@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::route::Route;
+use crate::unkind::Unkind;
 
 /// How many faults may wait at the same time.
 pub const MAX_FAULTS: usize = 10_000;
@@ -67,6 +68,21 @@ pub enum Effect {
     Garbage,
     /// Processed, then a 200 that announces more bytes than it sends before it closes.
     Truncated,
+    /// Processed, and the answer is changed so.
+    Unkind(Unkind),
+    /// Takes a while, and is refused with a 429 where more than so many requests are under way. As JSON
+    /// `{"limit": {"at_once": 2, "latency_ms": 250}}`.
+    Limit {
+        /// So many are done.
+        at_once: usize,
+        /// How long each of those takes.
+        #[serde(rename = "latency_ms", with = "milliseconds")]
+        latency: Duration,
+    },
+    /// This answer, before the body is read; not processed. As JSON `{"refused_early": {"status": 413}}`.
+    RefusedEarly(Reply),
+    /// Processed and answered; then the connection is closed, which nothing in the answer tells.
+    ClosedWhenIdle,
 }
 
 /// The answer of an [`Effect::Status`].
@@ -134,7 +150,7 @@ impl Fault {
         if !(0.0..=1.0).contains(&self.probability) {
             return Err(format!("probability must be 0 to 1, not {}", self.probability));
         }
-        if let Effect::Status(reply) = &self.effect {
+        if let Effect::Status(reply) | Effect::RefusedEarly(reply) = &self.effect {
             if !(200..=599).contains(&reply.status) {
                 return Err(format!("status must be 200 to 599, not {}", reply.status));
             }
@@ -163,7 +179,7 @@ impl Effect {
     }
 
     /// Its name in JSON and in the log.
-    pub(crate) fn name(&self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Latency(_) => "latency_ms",
             Self::Status(_) => "status",
@@ -174,20 +190,27 @@ impl Effect {
             Self::Hang { .. } => "hang",
             Self::Garbage => "garbage",
             Self::Truncated => "truncated",
+            Self::Unkind(_) => "unkind",
+            Self::Limit { .. } => "limit",
+            Self::RefusedEarly(_) => "refused_early",
+            Self::ClosedWhenIdle => "closed_when_idle",
         }
     }
 
     /// Whether the vendor does what was asked.
-    pub(crate) fn processes(&self) -> bool {
+    pub fn processes(&self) -> bool {
         match self {
-            Self::ResetBefore | Self::CloseBefore => false,
+            Self::ResetBefore | Self::CloseBefore | Self::RefusedEarly(_) => false,
             Self::Status(reply) => reply.processed,
             Self::Hang { processed } => *processed,
             Self::Latency(_)
             | Self::ResetAfter
             | Self::CloseAfter
             | Self::Garbage
-            | Self::Truncated => true,
+            | Self::Truncated
+            | Self::Unkind(_)
+            | Self::Limit { .. }
+            | Self::ClosedWhenIdle => true,
         }
     }
 }
@@ -241,16 +264,16 @@ impl Reply {
     }
 }
 
-mod milliseconds {
+pub(crate) mod milliseconds {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_u64(u64::try_from(value.as_millis()).unwrap_or(u64::MAX))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
         u64::deserialize(from).map(Duration::from_millis)
     }
 }
@@ -364,6 +387,16 @@ mod tests {
             (r#"{"hang":{"processed":true}}"#, Effect::Hang { processed: true }),
             (r#""garbage""#, Effect::Garbage),
             (r#""truncated""#, Effect::Truncated),
+            (r#"{"unkind":"shuffled"}"#, Effect::Unkind(Unkind::Shuffled)),
+            (
+                r#"{"unkind":{"lagging_ms":500}}"#,
+                Effect::Unkind(Unkind::Lagging(Duration::from_millis(500))),
+            ),
+            (
+                r#"{"limit":{"at_once":2,"latency_ms":250}}"#,
+                Effect::Limit { at_once: 2, latency: Duration::from_millis(250) },
+            ),
+            (r#""closed_when_idle""#, Effect::ClosedWhenIdle),
         ] {
             assert_eq!(serde_json::from_str::<Effect>(text).unwrap(), effect);
             assert_eq!(serde_json::to_string(&effect).unwrap(), text);

@@ -45,6 +45,7 @@ mod server;
 mod service;
 mod state;
 mod store;
+mod unkind;
 mod wire;
 
 pub use fault::{Body, Effect, Fault, MAX_FAULTS, Reply};
@@ -52,3 +53,4 @@ pub use life::{BatchStatus, CallStatus};
 pub use observe::{Batch, Recipient, Request};
 pub use route::Route;
 pub use server::{Options, Sandbox};
+pub use unkind::Unkind;

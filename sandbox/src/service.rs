@@ -59,6 +59,18 @@ impl Service {
         request: hyper::Request<Incoming>,
     ) -> Result<Answered, Infallible> {
         let (head, body) = request.into_parts();
+        let path = head.uri.path();
+        let operation = Operation::of(&head.method, path);
+        let route = operation.route();
+        let is_control = path.starts_with(control::PREFIX);
+        let effect = if is_control { None } else { self.state.faults().take(route) };
+        if let Some(Effect::RefusedEarly(reply)) = effect {
+            let effect = Effect::RefusedEarly(reply.clone());
+            let mut seen = Seen::new(&self.state, &head, route, Some(&effect), Bytes::new());
+            let response = written(faulty(reply), route, &new_id(), 0);
+            seen.answered(response.status());
+            return Ok(response);
+        }
         let body = match Limited::new(body, MAX_BODY_BYTES).collect().await {
             Ok(read) => read.to_bytes(),
             Err(error) if error.is::<LengthLimitError>() => {
@@ -67,15 +79,11 @@ impl Service {
             // The client has gone in the middle of its request.
             Err(_) => return self.end(Ending::Close(Bytes::new())).await,
         };
-        let path = head.uri.path();
-        if path.starts_with(control::PREFIX) {
+        if is_control {
             let answer = control::answer(&self.state, &head.method, path, &body);
             tracing::debug!(method = %head.method, path, status = answer.status.as_u16(), "control");
             return Ok(written(answer, Route::Any, &new_id(), 0));
         }
-        let operation = Operation::of(&head.method, path);
-        let route = operation.route();
-        let effect = self.state.faults().take(route);
         let seen = Seen::new(&self.state, &head, route, effect.as_ref(), body.clone());
         let call = Call {
             operation,
@@ -98,41 +106,40 @@ impl Service {
         let state = Arc::clone(&self.state);
         let in_flight = state.enter();
         let concurrent = self.state.in_flight.load(Ordering::Relaxed);
+        let effect = match effect {
+            Some(Effect::Limit { at_once, .. }) if concurrent > at_once => {
+                Some(Effect::vendor_error(429, "too_many_concurrent_requests", "Too many at once."))
+            }
+            effect => effect,
+        };
         let answer = if effect.as_ref().is_none_or(Effect::processes) {
             self.process(call, effect.as_ref(), &seen).await
         } else {
             None
         };
-        let respond = |answer: Answer| written(answer, route, &request_id, concurrent);
-        let response = match (effect, answer) {
-            (Some(Effect::Status(reply)), _) => respond(faulty(reply)),
-            (Some(Effect::Garbage), _) => {
-                respond(Answer::new(StatusCode::OK, JSON, r#"{"id": "btcal_"#))
+        if matches!(effect, Some(Effect::Hang { .. })) {
+            seen.unanswered();
+            sleep(HANG).await;
+            return self.end(Ending::Close(Bytes::new())).await;
+        }
+        if let Some((ending, status)) = ending(effect.as_ref(), answer.as_ref(), &request_id) {
+            match status {
+                Some(status) => seen.answered(status),
+                None => seen.unanswered(),
             }
-            (Some(Effect::ResetBefore | Effect::ResetAfter), _) => {
-                seen.unanswered();
-                return self.end(Ending::Reset).await;
+            return self.end(ending).await;
+        }
+        let answer = match (effect, answer) {
+            (Some(Effect::Status(reply) | Effect::RefusedEarly(reply)), _) => faulty(reply),
+            (Some(Effect::Garbage), _) => Answer::new(StatusCode::OK, JSON, r#"{"id": "btcal_"#),
+            (Some(Effect::Unkind(unkind)), Some(answer)) if answer.status == StatusCode::OK => {
+                unkind.apply(answer, &state, &request_id)
             }
-            (Some(Effect::CloseBefore | Effect::CloseAfter), _) => {
-                seen.unanswered();
-                return self.end(Ending::Close(Bytes::new())).await;
-            }
-            (Some(Effect::Hang { .. }), _) => {
-                seen.unanswered();
-                sleep(HANG).await;
-                return self.end(Ending::Close(Bytes::new())).await;
-            }
-            (Some(Effect::Truncated), answer) => {
-                seen.answered(StatusCode::OK);
-                let whole = answer.map(|answer| answer.body).unwrap_or_default();
-                return self.end(Ending::Close(truncated(&whole, &request_id))).await;
-            }
-            (None | Some(Effect::Latency(_)), Some(answer)) => respond(answer),
+            (_, Some(answer)) => answer,
             // The stop of the sandbox came before the answer.
-            (None | Some(Effect::Latency(_)), None) => {
-                return self.end(Ending::Close(Bytes::new())).await;
-            }
+            (_, None) => return self.end(Ending::Close(Bytes::new())).await,
         };
+        let response = written(answer, route, &request_id, concurrent);
         drop(in_flight);
         seen.answered(response.status());
         Ok(response)
@@ -148,7 +155,7 @@ impl Service {
             }
             answer
         };
-        let Some(Effect::Latency(latency)) = effect else {
+        let Some(Effect::Latency(latency) | Effect::Limit { latency, .. }) = effect else {
             return Some(process());
         };
         // In a task of its own: a client that stops waiting takes its connection with it, and the
@@ -170,6 +177,26 @@ impl Service {
             tracing::debug!("the connection ends already");
         }
         future::pending().await
+    }
+}
+
+/// How the connection of a request ends, where it does, and the status that was answered before.
+fn ending(
+    effect: Option<&Effect>,
+    answer: Option<&Answer>,
+    request_id: &str,
+) -> Option<(Ending, Option<StatusCode>)> {
+    match (effect?, answer) {
+        (Effect::ResetBefore | Effect::ResetAfter, _) => Some((Ending::Reset, None)),
+        (Effect::CloseBefore | Effect::CloseAfter, _) => Some((Ending::Close(Bytes::new()), None)),
+        (Effect::Truncated, answer) => {
+            let whole = answer.map(|answer| answer.body.clone()).unwrap_or_default();
+            Some((Ending::Close(truncated(&whole, request_id)), Some(StatusCode::OK)))
+        }
+        (Effect::ClosedWhenIdle, Some(answer)) => {
+            Some((Ending::Close(raw(answer, request_id)), Some(answer.status)))
+        }
+        _ => None,
     }
 }
 
@@ -262,13 +289,22 @@ fn faulty(reply: Reply) -> Answer {
 /// The first half of an answer, under a length for all of it.
 fn truncated(whole: &[u8], request_id: &str) -> Bytes {
     let whole = if whole.is_empty() { b"{}".as_slice() } else { whole };
-    let head = format!(
-        "HTTP/1.1 200 OK\r\ncontent-type: {JSON}\r\nrequest-id: {request_id}\r\n\
+    let half = &whole[..whole.len() / 2];
+    Bytes::from([head_of(StatusCode::OK, whole, request_id).as_bytes(), half].concat())
+}
+
+/// All of an answer, for who closes the connection after it.
+fn raw(answer: &Answer, request_id: &str) -> Bytes {
+    let head = head_of(answer.status, &answer.body, request_id);
+    Bytes::from([head.as_bytes(), &answer.body].concat())
+}
+
+fn head_of(status: StatusCode, whole: &[u8], request_id: &str) -> String {
+    format!(
+        "HTTP/1.1 {status}\r\ncontent-type: {JSON}\r\nrequest-id: {request_id}\r\n\
          content-length: {}\r\n\r\n",
         whole.len()
-    );
-    let half = &whole[..whole.len() / 2];
-    Bytes::from([head.as_bytes(), half].concat())
+    )
 }
 
 fn written(answer: Answer, route: Route, request_id: &str, concurrent: usize) -> Answered {

@@ -44,6 +44,12 @@ impl Store {
         Self { clock, list_lag, records: Vec::new(), by_id: HashMap::new() }
     }
 
+    /// Since a batch was created.
+    pub(crate) fn age(&self, id: &str) -> Option<Duration> {
+        let record = &self.records[*self.by_id.get(id)?];
+        Some(self.clock.wall().saturating_sub(record.entered))
+    }
+
     pub(crate) fn advance(&mut self, by: Duration) {
         self.clock.advance(by);
     }

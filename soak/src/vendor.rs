@@ -129,17 +129,11 @@ impl Happened {
 }
 
 fn name_of(effect: &Effect) -> String {
-    match effect {
-        Effect::Latency(_) => name("latency_ms", None, true),
-        Effect::Status(reply) => name("status", Some(reply.status), reply.processed),
-        Effect::ResetBefore => name("reset_before", None, false),
-        Effect::ResetAfter => name("reset_after", None, true),
-        Effect::CloseBefore => name("close_before", None, false),
-        Effect::CloseAfter => name("close_after", None, true),
-        Effect::Hang { processed } => name("hang", None, *processed),
-        Effect::Garbage => name("garbage", None, true),
-        Effect::Truncated => name("truncated", None, true),
-    }
+    let status = match effect {
+        Effect::Status(reply) => Some(reply.status),
+        _ => None,
+    };
+    name(effect.name(), status, effect.processes())
 }
 
 /// `fault` is the name the sandbox logs.
