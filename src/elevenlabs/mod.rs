@@ -5,6 +5,7 @@ mod calls;
 mod client;
 mod error;
 mod evidence;
+mod lately;
 mod look;
 mod names;
 mod numbers;

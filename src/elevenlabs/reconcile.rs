@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use futures_util::stream::{self, StreamExt as _};
@@ -16,6 +16,7 @@ use crate::domain::command::{BatchId, marker};
 use super::client::{Answer, Client};
 use super::error::{Class, Error};
 use super::evidence::{Judgement, Listed, SearchKey, Shown};
+use super::lately::Lately;
 use super::look::{DAY, Depth, Look, Order, first_second};
 use super::wire::Page;
 
@@ -67,6 +68,7 @@ pub struct Finder {
     candidates: Semaphore,
     waiting: Mutex<Vec<Look>>,
     known: Mutex<Known>,
+    lately: Mutex<Lately>,
 }
 
 /// The newest batches whose marker is known. It never changes.
@@ -86,6 +88,7 @@ impl Finder {
             candidates: Semaphore::new(CANDIDATES_AT_ONCE),
             waiting: Mutex::default(),
             known: Mutex::default(),
+            lately: Mutex::default(),
         }
     }
 
@@ -170,11 +173,16 @@ impl Finder {
     async fn read(&self, looks: &mut Vec<Look>, agent_id: &str, depth: Depth) -> Result<(), Error> {
         let mut cursor: Option<String> = None;
         let mut order = Order::default();
+        let (began, agent) = (Instant::now(), Arc::from(agent_id));
+        let mut shown = HashSet::new();
         looks.iter_mut().for_each(Look::begin);
-        for _ in 0..MAX_PAGES {
+        for page in 0.. {
+            if page == MAX_PAGES {
+                return Err(Error::unreadable("the list of batches goes on and on"));
+            }
             looks.retain(|look| !look.tell.is_closed());
             if looks.iter().all(|look| look.is_past) {
-                return Ok(());
+                break;
             }
             let (text, headers) = self.vendor.list(agent_id, cursor.as_deref()).await?;
             if cursor.is_none() {
@@ -193,6 +201,8 @@ impl Finder {
             }
             for (listed, _) in &batches {
                 order.note(listed);
+                shown.insert(listed.id.clone());
+                self.lately().note(&agent, listed);
             }
             // One page that is too old as a whole ends a look, where the newest came first so far.
             for look in looks.iter_mut().filter(|_| order.is_newest_first()) {
@@ -200,7 +210,7 @@ impl Finder {
                 look.is_past |= batches.iter().all(|(listed, _)| listed.is_older_than(since));
             }
             if !page.has_more && page.next_doc.is_none() {
-                return Ok(());
+                break;
             }
             let next = page.next_doc.ok_or_else(|| Error::unreadable("it has no next_doc"))?;
             if cursor.as_ref() == Some(&next) {
@@ -208,7 +218,18 @@ impl Finder {
             }
             cursor = Some(next);
         }
-        Err(Error::unreadable("the list of batches goes on and on"))
+        self.compare(looks, agent_id, &shown, began);
+        Ok(())
+    }
+
+    /// A reading that leaves out what one before it has shown may leave out any other batch as well.
+    fn compare(&self, looks: &mut [Look], agent_id: &str, shown: &HashSet<String>, began: Instant) {
+        for look in looks {
+            if self.lately().lacks((agent_id, look.since), shown, began) {
+                let error = Error::unreadable("it leaves out a batch that it has shown before");
+                look.inconclusive = Some(Arc::new(error));
+            }
+        }
     }
 
     /// Looks at those batches of a page that a look could be for.
@@ -298,6 +319,11 @@ impl Finder {
     fn waiting(&self) -> MutexGuard<'_, Vec<Look>> {
         // A look is in it as a whole or not at all.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lately(&self) -> MutexGuard<'_, Lately> {
+        // Each change is one step, so a panic elsewhere leaves none half-done.
+        self.lately.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {

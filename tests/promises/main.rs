@@ -56,3 +56,4 @@ mod strikes;
 mod support;
 mod tls;
 mod topology;
+mod unkind;
