@@ -8,6 +8,15 @@ use crate::plan::{Command, Expected, Looks};
 
 /// The code that says: it may or may not have been done.
 const UNKNOWN: &str = "outcome_unknown";
+/// The code that says: it could not be done, and surely was not.
+const UNAVAILABLE: &str = "upstream_unavailable";
+
+/// One in so many commands may be answered with each of these two, rounded up. A worker that answers
+/// nothing else never lies, and is of no use. Every fault of a soak is shorter than the workers'
+/// `RETRY_HORIZON`, so that soaks of 10,000 commands had none of either; one in a hundred leaves room for
+/// a list that could not be read at the wrong moments. A worker that does not search for lost batches has
+/// nine in a hundred.
+const ONE_MAY_NOT_KNOW_OF: usize = 100;
 
 /// One publication of a result.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,16 +57,19 @@ pub enum Broken {
     DifferingResults,
     /// A result or batch of no command, or a batch that is not what its command asked for.
     Stray,
+    /// «Nobody knows» or «it could not be done», more often than the faults explain.
+    KnowsTooLittle,
 }
 
 impl Broken {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Lost,
         Self::DuplicateBatches,
         Self::FalseSucceeded,
         Self::FalseFailed,
         Self::DifferingResults,
         Self::Stray,
+        Self::KnowsTooLittle,
     ];
 
     /// Its row in the table.
@@ -69,6 +81,7 @@ impl Broken {
             Self::FalseFailed => "false failed",
             Self::DifferingResults => "results that differ for one command",
             Self::Stray => "results or batches nobody asked for",
+            Self::KnowsTooLittle => "answers that know too little",
         }
     }
 }
@@ -127,7 +140,30 @@ pub fn judge(
         let answers = answers.get(&command.id).map(Vec::as_slice).unwrap_or_default();
         judge_one(&mut findings, command, *confirmed, answers, &batches);
     }
+    judge_knowledge(&mut findings, commands, answers);
     findings
+}
+
+/// Of each answer that is always allowed, whether there are too many.
+fn judge_knowledge(
+    findings: &mut Findings,
+    commands: &[Command],
+    answers: &HashMap<String, Vec<Answer>>,
+) {
+    let valid: Vec<_> =
+        commands.iter().filter(|command| command.expected != Expected::Invalid).collect();
+    for code in [UNKNOWN, UNAVAILABLE] {
+        let says_so = |command: &&&Command| {
+            let first = answers.get(&command.id).and_then(|answers| answers.first());
+            first.is_some_and(|answer| answer.error_code.as_deref() == Some(code))
+        };
+        let so_answered: Vec<_> = valid.iter().filter(says_so).collect();
+        if so_answered.len() > valid.len().div_ceil(ONE_MAY_NOT_KNOW_OF) {
+            for command in so_answered {
+                findings.add(Broken::KnowsTooLittle, &command.id);
+            }
+        }
+    }
 }
 
 fn judge_one(
@@ -193,10 +229,8 @@ fn is_true_failure(answer: &Answer, expected: Expected, batches: &[&Created]) ->
     let code = answer.error_code.as_deref().unwrap_or_default();
     let may_be = match (expected, code) {
         (Expected::Invalid, code) => code == "invalid_command",
-        (Expected::NotFound, code) => {
-            ["not_found", "upstream_unavailable", UNKNOWN].contains(&code)
-        }
-        (Expected::Batch, code) => ["upstream_unavailable", UNKNOWN].contains(&code),
+        (Expected::NotFound, code) => ["not_found", UNAVAILABLE, UNKNOWN].contains(&code),
+        (Expected::Batch, code) => [UNAVAILABLE, UNKNOWN].contains(&code),
     };
     // Any other code says that there is none.
     let denies_nothing = code == UNKNOWN || batches.is_empty();
@@ -204,155 +238,5 @@ fn is_true_failure(answer: &Answer, expected: Expected, batches: &[&Created]) ->
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn looks() -> Looks {
-        Looks { name: "n".into(), agent: "a".into(), numbers: vec!["+14155550100".into()] }
-    }
-
-    fn batch(batch_id: &str, command: Option<&str>) -> Created {
-        Created {
-            batch_id: batch_id.into(),
-            command_id: command.map(str::to_owned),
-            looks: looks(),
-        }
-    }
-
-    fn done(batch_id: &str) -> Answer {
-        Answer {
-            message_id: "m".into(),
-            routing_key: "batch-calling.submit.succeeded".into(),
-            error_code: None,
-            body: json!({"success": true, "data": {"id": batch_id}}).to_string(),
-        }
-    }
-
-    fn failed(code: &str) -> Answer {
-        Answer {
-            message_id: "m".into(),
-            routing_key: "batch-calling.submit.failed".into(),
-            error_code: Some(code.into()),
-            body: json!({"success": false, "error": "why"}).to_string(),
-        }
-    }
-
-    /// What is found about one command, "c".
-    fn found_of(expected: Expected, answers: Vec<Answer>, batches: &[Created]) -> Vec<Broken> {
-        let command = Command { id: "c".into(), body: Vec::new(), expected, looks: looks() };
-        let answers = if answers.is_empty() {
-            HashMap::new()
-        } else {
-            HashMap::from([("c".into(), answers)])
-        };
-        judge(&[command], &[true], &answers, batches).broken.into_keys().collect()
-    }
-
-    fn found(answers: Vec<Answer>, batches: &[Created]) -> Vec<Broken> {
-        found_of(Expected::Batch, answers, batches)
-    }
-
-    #[test]
-    fn what_is_as_promised_is_not_held_against_anybody() {
-        let one = [batch("b", Some("c"))];
-        assert_eq!(found(vec![done("b")], &one), []);
-        assert_eq!(found(vec![done("b"), done("b")], &one), []);
-        assert_eq!(found(vec![failed("outcome_unknown")], &one), []);
-        assert_eq!(found(vec![failed("outcome_unknown")], &[]), []);
-        assert_eq!(found(vec![failed("upstream_unavailable")], &[]), []);
-        assert_eq!(found_of(Expected::Invalid, vec![failed("invalid_command")], &[]), []);
-        assert_eq!(found_of(Expected::NotFound, vec![failed("not_found")], &[]), []);
-        assert_eq!(found_of(Expected::NotFound, vec![failed("outcome_unknown")], &[]), []);
-    }
-
-    #[test]
-    fn a_command_without_a_result_is_lost_once_the_broker_had_it() {
-        assert_eq!(found(vec![], &[]), [Broken::Lost]);
-        assert_eq!(found(vec![], &[batch("b", Some("c"))]), [Broken::Lost]);
-        let command =
-            Command { id: "c".into(), body: Vec::new(), expected: Expected::Batch, looks: looks() };
-        assert_eq!(judge(&[command], &[false], &HashMap::new(), &[]).count(Broken::Lost), 0);
-    }
-
-    #[test]
-    fn a_second_batch_is_found_whatever_was_answered() {
-        let two = [batch("b", Some("c")), batch("b2", Some("c"))];
-        assert_eq!(found(vec![done("b")], &two), [Broken::DuplicateBatches]);
-        assert_eq!(found(vec![failed("outcome_unknown")], &two), [Broken::DuplicateBatches]);
-        assert_eq!(found(vec![], &two), [Broken::Lost, Broken::DuplicateBatches]);
-    }
-
-    #[test]
-    fn a_success_without_its_batch_is_false() {
-        assert_eq!(found(vec![done("b")], &[]), [Broken::FalseSucceeded]);
-        assert_eq!(found(vec![done("x")], &[batch("b", Some("c"))]), [Broken::FalseSucceeded]);
-        let says_no = Answer { body: failed("x").body, ..done("b") };
-        assert_eq!(found(vec![says_no], &[batch("b", Some("c"))]), [Broken::FalseSucceeded]);
-        let with_code = Answer { error_code: Some("not_found".into()), ..done("b") };
-        assert_eq!(found(vec![with_code], &[batch("b", Some("c"))]), [Broken::FalseSucceeded]);
-        let invalid = found_of(Expected::Invalid, vec![done("b")], &[batch("b", Some("c"))]);
-        assert_eq!(invalid, [Broken::FalseSucceeded]);
-    }
-
-    #[test]
-    fn a_failure_that_denies_a_batch_or_names_a_wrong_reason_is_false() {
-        let one = [batch("b", Some("c"))];
-        assert_eq!(found(vec![failed("upstream_unavailable")], &one), [Broken::FalseFailed]);
-        for code in ["invalid_command", "not_found", "rejected_by_elevenlabs", "unauthorized", "x"]
-        {
-            assert_eq!(found(vec![failed(code)], &[]), [Broken::FalseFailed], "{code}");
-        }
-        let without_code = Answer { error_code: None, ..failed("x") };
-        assert_eq!(found(vec![without_code], &[]), [Broken::FalseFailed]);
-        let says_yes = Answer { body: done("b").body, ..failed("outcome_unknown") };
-        assert_eq!(found(vec![says_yes], &one), [Broken::FalseFailed]);
-        for expected in [Expected::Invalid, Expected::NotFound] {
-            let code = if expected == Expected::Invalid { "invalid_command" } else { "not_found" };
-            assert_eq!(found_of(expected, vec![failed(code)], &one), [Broken::FalseFailed]);
-            let other = vec![failed("rejected_by_elevenlabs")];
-            assert_eq!(found_of(expected, other, &[]), [Broken::FalseFailed]);
-        }
-    }
-
-    #[test]
-    fn two_results_that_are_not_the_same_are_found() {
-        let one = [batch("b", Some("c"))];
-        let unknown_then_done = vec![failed("outcome_unknown"), done("b")];
-        assert_eq!(found(unknown_then_done, &one), [Broken::DifferingResults]);
-        let other_id = Answer { message_id: "m2".into(), ..done("b") };
-        assert_eq!(found(vec![done("b"), other_id], &one), [Broken::DifferingResults]);
-        let other_body = Answer { body: format!("{} ", done("b").body), ..done("b") };
-        assert_eq!(found(vec![done("b"), other_body], &one), [Broken::DifferingResults]);
-    }
-
-    #[test]
-    fn what_nobody_asked_for_is_found() {
-        let one = batch("b", Some("c"));
-        for stranger in [batch("b2", None), batch("b2", Some("other"))] {
-            assert_eq!(found(vec![done("b")], &[one.clone(), stranger]), [Broken::Stray]);
-        }
-        let altered = Created { looks: Looks::default(), ..one };
-        assert_eq!(found(vec![done("b")], &[altered]), [Broken::Stray]);
-        let answers = HashMap::from([("other".to_owned(), vec![done("b")])]);
-        assert_eq!(judge(&[], &[], &answers, &[]).count(Broken::Stray), 1);
-    }
-
-    #[test]
-    fn unknown_outcomes_are_counted_by_what_they_hide() {
-        let commands = ["c", "d"].map(|id| Command {
-            id: id.into(),
-            body: Vec::new(),
-            expected: Expected::Batch,
-            looks: looks(),
-        });
-        let answers = commands
-            .each_ref()
-            .map(|command| (command.id.clone(), vec![failed("outcome_unknown")]))
-            .into();
-        let findings = judge(&commands, &[true, true], &answers, &[batch("b", Some("c"))]);
-        assert_eq!((findings.unknown_with_batch, findings.unknown_without_batch), (1, 1));
-        assert_eq!(findings.endings["outcome_unknown"], 2);
-    }
-}
+#[path = "judge_tests.rs"]
+mod tests;
