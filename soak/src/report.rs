@@ -17,7 +17,8 @@ const BODY_SHOWN: usize = 300;
 
 /// Messages that lie where none should, after everything has stopped.
 pub struct Leftovers {
-    /// In the queues of commands.
+    /// In the queues of commands: fresh ones, those that are to be retried, those that are delayed, and
+    /// those under a routing key that names no command.
     pub commands: u64,
     /// Given up on by the broker: commands that are lost.
     pub dead_letters: u64,

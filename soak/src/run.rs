@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use call_manager::broker::Topology;
+use call_manager::broker::{Delay, Topology};
 use call_manager::domain::command::{CommandKind, marker};
 use elevenlabs_sandbox::{Options as SandboxOptions, Sandbox};
 use rustix::process::Signal;
@@ -131,7 +131,9 @@ impl Parts<'_> {
             self.until_empty(&self.command_queues()).await?;
             crew.retire().await;
             retired.cancelled().await;
-            self.until_empty(&[RESULTS.to_owned()]).await?;
+            // Once more those of commands: a worker's last canary leaves its delay queue by itself.
+            let queues = self.command_queues().into_iter().chain([RESULTS.to_owned()]);
+            self.until_empty(&queues.collect::<Vec<_>>()).await?;
             let leftovers = self.leftovers().await?;
             done.cancel();
             Ok(leftovers)
@@ -180,8 +182,14 @@ impl Parts<'_> {
         .into()
     }
 
-    fn command_queues(&self) -> [String; CommandKind::ALL.len()] {
-        CommandKind::ALL.map(|kind| self.topology.queue(kind))
+    /// Every queue in which a command may lie that is not answered yet.
+    fn command_queues(&self) -> Vec<String> {
+        let topology = self.topology;
+        let of_kind = |kind| [topology.queue(kind), topology.retry_queue(kind)];
+        let mut queues: Vec<_> = CommandKind::ALL.into_iter().flat_map(of_kind).collect();
+        queues.extend(Delay::ALL.map(|delay| topology.delay(delay)));
+        queues.push(topology.unknown());
+        queues
     }
 
     /// Until every command has a result, or there is silence.
