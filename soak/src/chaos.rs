@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::book::Book;
-use crate::crew::{Crew, Order};
+use crate::crew::{self, Crew, Order};
 use crate::node::Node;
 use crate::vendor;
 
@@ -19,6 +19,15 @@ use crate::vendor;
 const PAUSE_MS: std::ops::Range<u64> = 500..3500;
 /// Milliseconds a worker stands still.
 const STANDSTILL_MS: std::ops::Range<u64> = 1000..4000;
+
+/// The event of an orderly restart of the broker.
+pub const BROKER_RESTARTED: &str = "SIGTERM and start of the broker";
+/// The event of a restart after a kill.
+pub const BROKER_KILLED: &str = "SIGKILL and start of the broker";
+/// The event of the broker's closing every connection.
+pub const CONNECTIONS_CLOSED: &str = "close_all_connections";
+/// The event of the vendor's losing several requests in a row.
+pub const VENDOR_CUT: &str = "cuts of the vendor's connections";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Card {
@@ -52,15 +61,37 @@ impl Card {
         Self::CutVendor,
     ];
 
-    /// What is counted here; a worker's end is counted where it happens.
-    const fn event(self) -> Option<&'static str> {
+    /// Dealt before any deck, in an order of its own: a short soak has every kind of fault, whatever its
+    /// seed.
+    const FIRST: [Self; 10] = [
+        Self::KillWorker,
+        Self::KillWorker,
+        Self::StopWorker,
+        Self::StopWorker,
+        Self::PauseWorker,
+        Self::PauseWorker,
+        Self::CloseConnections,
+        Self::RestartBroker,
+        Self::KillBroker,
+        Self::CutVendor,
+    ];
+
+    /// What it is counted as.
+    const fn event(self) -> &'static str {
         match self {
-            Self::KillWorker | Self::StopWorker | Self::PauseWorker => None,
-            Self::CloseConnections => Some("close_all_connections"),
-            Self::RestartBroker => Some("SIGTERM and start of the broker"),
-            Self::KillBroker => Some("SIGKILL and start of the broker"),
-            Self::CutVendor => Some("cuts of the vendor's connections"),
+            Self::KillWorker => crew::KILLED,
+            Self::StopWorker => crew::STOPPED,
+            Self::PauseWorker => crew::PAUSED,
+            Self::CloseConnections => CONNECTIONS_CLOSED,
+            Self::RestartBroker => BROKER_RESTARTED,
+            Self::KillBroker => BROKER_KILLED,
+            Self::CutVendor => VENDOR_CUT,
         }
+    }
+
+    /// What happens to a worker is counted where it happens.
+    const fn is_of_a_worker(self) -> bool {
+        matches!(self, Self::KillWorker | Self::StopWorker | Self::PauseWorker)
     }
 }
 
@@ -77,7 +108,8 @@ impl Chaos<'_> {
     /// Deals until it was enough; the broker runs when it returns.
     pub async fn deal(&self, enough: &CancellationToken) -> anyhow::Result<()> {
         let mut random = StdRng::seed_from_u64(self.seed);
-        let mut deck = Vec::new();
+        let mut deck = Card::FIRST.to_vec();
+        deck.shuffle(&mut random);
         loop {
             let pause = Duration::from_millis(random.random_range(PAUSE_MS));
             tokio::select! {
@@ -112,9 +144,27 @@ impl Chaos<'_> {
             }
             Card::CutVendor => vendor::cut(self.sandbox, random.random()),
         }
-        if let Some(event) = card.event() {
-            self.book.count(event);
+        if !card.is_of_a_worker() {
+            self.book.count(card.event());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quota::OF_PROCESSES;
+
+    #[test]
+    fn the_first_hand_has_all_that_is_demanded() {
+        for (event, least) in OF_PROCESSES {
+            let dealt = Card::FIRST.iter().filter(|card| card.event() == event).count();
+            assert!(dealt >= usize::try_from(least).unwrap(), "{event}");
+            assert!(Card::DECK.iter().any(|card| card.event() == event), "{event}");
+        }
+        for card in Card::DECK {
+            assert!(OF_PROCESSES.iter().any(|(event, _)| *event == card.event()), "{card:?}");
+        }
     }
 }

@@ -29,6 +29,10 @@ pub const DIED: &str = "workers that died by themselves";
 pub const STOPPED_BADLY: &str = "workers that did not stop properly";
 /// The event of a kill.
 pub const KILLED: &str = "SIGKILL of a worker";
+/// The event of an orderly stop that another start follows.
+pub const STOPPED: &str = "SIGTERM of a worker";
+/// The event of a standstill.
+pub const PAUSED: &str = "SIGSTOP and SIGCONT of a worker";
 
 /// What happens to one worker.
 #[derive(Clone, Copy, Debug)]
@@ -152,12 +156,15 @@ async fn live(
                 killed = true;
             }
             Order::Terminate | Order::Retire => {
-                retired |= matches!(order, Order::Retire);
+                let for_good = matches!(order, Order::Retire);
+                retired |= for_good;
                 // A second SIGTERM means: leave at once.
                 if stopping.is_none() {
                     sleep(GROWN_UP.saturating_sub(born.elapsed())).await;
                     signal(&child, Signal::TERM);
-                    book.count("SIGTERM of a worker");
+                    if !for_good {
+                        book.count(STOPPED);
+                    }
                     stopping = Some(Instant::now());
                 }
             }
@@ -165,7 +172,7 @@ async fn live(
                 signal(&child, Signal::STOP);
                 sleep(time).await;
                 signal(&child, Signal::CONT);
-                book.count("SIGSTOP and SIGCONT of a worker");
+                book.count(PAUSED);
             }
         }
     }

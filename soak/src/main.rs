@@ -13,6 +13,7 @@ mod node;
 mod options;
 mod plan;
 mod producer;
+mod quota;
 mod report;
 mod run;
 mod vendor;

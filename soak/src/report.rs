@@ -1,13 +1,15 @@
 //! What a person reads: a line of progress, the table at the end, and the cases behind its numbers.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::io::Write as _;
 
 use crate::book::{Book, Record};
-use crate::crew::{DIED, KILLED, STOPPED_BADLY};
+use crate::chaos::{BROKER_KILLED, BROKER_RESTARTED, CONNECTIONS_CLOSED};
+use crate::crew::{DIED, KILLED, PAUSED, STOPPED, STOPPED_BADLY};
 use crate::judge::{Broken, Created, Findings};
 use crate::options::Options;
 use crate::plan::Plan;
+use crate::quota::quotas;
 use crate::vendor::Happened;
 
 /// How many cases of a broken promise are shown.
@@ -52,63 +54,66 @@ pub fn progress(book: &Book, plan: &Plan, batches: usize) -> anyhow::Result<()> 
         plan.commands.len(),
         numbers.answered,
         times(&[KILLED]),
-        times(&["SIGTERM of a worker"]),
-        times(&["SIGSTOP"]),
+        times(&[STOPPED]),
+        times(&[PAUSED]),
         times(&[DIED]),
-        times(&["start of the broker"]),
-        times(&["close_all_connections"]),
+        times(&[BROKER_RESTARTED, BROKER_KILLED]),
+        times(&[CONNECTIONS_CLOSED]),
     )?;
     Ok(())
 }
 
-/// Prints everything; whether every promise was kept.
+/// Prints everything; whether every promise was kept, and enough went wrong for that to mean something.
 pub fn print(soak: &Soak, findings: &Findings, happened: &Happened) -> anyhow::Result<bool> {
     let mut text = String::new();
-    let broken = table(&mut text, soak, findings, happened)?;
+    numbers(&mut text, soak, findings)?;
+    let broken = promises(&mut text, soak, findings)?;
+    let unmet = faults(&mut text, soak, happened)?;
+    events(&mut text, soak, happened)?;
     if !findings.broken.is_empty() {
         cases(&mut text, soak, findings)?;
     }
     let verdict = match broken {
+        0 if unmet > 0 => "No promise was broken, but the soak dealt too few faults.".to_owned(),
         0 => "Every promise was kept.".to_owned(),
         1 => "1 promise was broken.".to_owned(),
         more => format!("{more} promises were broken."),
     };
     writeln!(text, "\n{verdict}")?;
     std::io::stdout().write_all(text.as_bytes())?;
-    Ok(broken == 0)
+    Ok(broken == 0 && unmet == 0)
 }
 
-/// Writes the table; how many of its rows are broken promises.
-fn table(
-    text: &mut String,
-    soak: &Soak,
-    findings: &Findings,
-    happened: &Happened,
-) -> anyhow::Result<usize> {
-    let (options, record, leftovers) = (soak.options, soak.record, soak.leftovers);
-    let numbers = record.numbers;
+fn row(text: &mut String, name: &str, value: impl Display) -> std::fmt::Result {
+    writeln!(text, "  {name:46} {value:>9}")
+}
+
+/// Writes how far it came.
+fn numbers(text: &mut String, soak: &Soak, findings: &Findings) -> anyhow::Result<()> {
+    let (options, numbers) = (soak.options, soak.record.numbers);
+    let s = if options.workers == 1 { "" } else { "s" };
     writeln!(
         text,
-        "\nseed {}, {} commands, {} worker{}",
-        options.seed,
-        options.commands,
-        options.workers,
-        if options.workers == 1 { "" } else { "s" }
+        "\nseed {}, {} commands, {} worker{s}",
+        options.seed, options.commands, options.workers
     )?;
-    let row =
-        |text: &mut String, name: &str, value: String| writeln!(text, "  {name:46} {value:>9}");
-    row(text, "sent", numbers.confirmed.to_string())?;
-    row(text, "  publications of them", numbers.publications.to_string())?;
-    row(text, "results (commands answered)", numbers.answered.to_string())?;
-    row(text, "  publications of them", numbers.results.to_string())?;
+    row(text, "sent", numbers.confirmed)?;
+    row(text, "  publications of them", numbers.publications)?;
+    row(text, "results (commands answered)", numbers.answered)?;
+    row(text, "  publications of them", numbers.results)?;
     for (ending, times) in &findings.endings {
-        row(text, &format!("  {ending}"), times.to_string())?;
+        row(text, &format!("  {ending}"), times)?;
     }
-    row(text, "  outcome_unknown, and there is a batch", findings.unknown_with_batch.to_string())?;
-    row(text, "  outcome_unknown, and there is none", findings.unknown_without_batch.to_string())?;
-    row(text, "batches", soak.batches.len().to_string())?;
-    row(text, "drain time", format!("{:.1} s", record.drain.as_secs_f64()))?;
+    row(text, "  outcome_unknown, and there is a batch", findings.unknown_with_batch)?;
+    row(text, "  outcome_unknown, and there is none", findings.unknown_without_batch)?;
+    row(text, "batches", soak.batches.len())?;
+    row(text, "drain time", format!("{:.1} s", soak.record.drain.as_secs_f64()))?;
+    Ok(())
+}
 
+/// Writes how often each promise was broken; how many were.
+fn promises(text: &mut String, soak: &Soak, findings: &Findings) -> anyhow::Result<usize> {
+    let (record, leftovers) = (soak.record, soak.leftovers);
     let event = |name: &str| u64::from(record.events.get(name).copied().unwrap_or_default());
     let mut promises: Vec<(&str, u64)> = Vec::new();
     for broken in Broken::ALL {
@@ -123,7 +128,7 @@ fn table(
         // Without this row a broker that takes nothing would look like a clean soak.
         (
             "commands that could not be sent",
-            u64::try_from(soak.plan.commands.len() - numbers.confirmed)?,
+            u64::try_from(soak.plan.commands.len() - record.numbers.confirmed)?,
         ),
     ]);
     writeln!(text, "promises, and how often each was broken")?;
@@ -131,11 +136,29 @@ fn table(
         let mark = if *times > 0 { "  BROKEN" } else { "" };
         writeln!(text, "  {name:46} {times:>9}{mark}")?;
     }
+    Ok(promises.iter().filter(|(_, times)| *times > 0).count())
+}
 
+/// Writes how often what was to go wrong went wrong; of how many kinds it was too little.
+fn faults(text: &mut String, soak: &Soak, happened: &Happened) -> anyhow::Result<usize> {
+    let (options, events) = (soak.options, &soak.record.events);
+    let quotas = quotas(options.faults, options.commands, events, happened);
+    if !quotas.is_empty() {
+        writeln!(text, "faults dealt{:36} {:>9} {:>9}", "", "times", "at least")?;
+    }
+    for quota in &quotas {
+        let mark = if quota.is_met() { "" } else { "  TOO FEW" };
+        writeln!(text, "  {:46} {:>9} {:>9}{mark}", quota.what, quota.happened, quota.least)?;
+    }
+    Ok(quotas.iter().filter(|quota| !quota.is_met()).count())
+}
+
+/// Writes everything else that happened.
+fn events(text: &mut String, soak: &Soak, happened: &Happened) -> anyhow::Result<()> {
     writeln!(text, "what happened to processes and connections")?;
-    for (name, times) in &record.events {
+    for (name, times) in &soak.record.events {
         if ![DIED, STOPPED_BADLY].contains(name) {
-            row(text, name, times.to_string())?;
+            row(text, name, times)?;
         }
     }
     let met = happened.submits - happened.unharmed;
@@ -147,7 +170,7 @@ fn table(
     for (name, (submits, others)) in &happened.faults {
         writeln!(text, "  {name:46} {submits:>9} {others:>9}")?;
     }
-    Ok(promises.iter().filter(|(_, times)| *times > 0).count())
+    Ok(())
 }
 
 /// The first few commands behind each number, with everything that is known of them.

@@ -95,9 +95,54 @@ fn read_faults() -> Vec<(Effect, f64)> {
 /// The log does not tell a slow answer from a usual one.
 const LATENCY: &str = "none (a usual answer, or a slow one)";
 
+/// Faults that put a worker into the same place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Group {
+    /// A submit that never came to anything, and nobody told.
+    LostRequests,
+    /// A submit that was done, and nobody told.
+    LostAnswers,
+    /// A submit that was answered with an error, and not done.
+    Refused,
+    /// The same, and it was done.
+    RefusedAndDone,
+    /// Whatever went wrong with another request.
+    Reads,
+}
+
+impl Group {
+    pub const ALL: [Self; 5] =
+        [Self::LostRequests, Self::LostAnswers, Self::Refused, Self::RefusedAndDone, Self::Reads];
+
+    /// Its row in the table.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::LostRequests => "submits lost",
+            Self::LostAnswers => "submits done, the answer lost",
+            Self::Refused => "submits answered with an error",
+            Self::RefusedAndDone => "submits done, answered with an error",
+            Self::Reads => "reads that failed",
+        }
+    }
+
+    /// None for a request that was answered as it should be, if slowly.
+    fn of(request: &Request) -> Option<Self> {
+        let fault = request.fault.as_deref().filter(|fault| *fault != "latency_ms")?;
+        Some(match (request.route, fault, request.processed) {
+            (Route::Submit, "status", false) => Self::Refused,
+            (Route::Submit, "status", true) => Self::RefusedAndDone,
+            (Route::Submit, _, false) => Self::LostRequests,
+            (Route::Submit, _, true) => Self::LostAnswers,
+            _ => Self::Reads,
+        })
+    }
+}
+
 /// What happened on the vendor's side.
 #[derive(Debug, Default)]
 pub struct Happened {
+    /// The faults that were taken.
+    pub groups: BTreeMap<Group, u32>,
     /// Every kind of fault, with how many submits and how many other requests took it.
     pub faults: BTreeMap<String, (usize, usize)>,
     /// All submits that arrived…
@@ -114,6 +159,9 @@ impl Happened {
         let faults = every.map(|(effect, _)| (name_of(&effect), (0, 0))).collect();
         let mut happened = Self { faults, ..Self::default() };
         for request in requests {
+            if let Some(group) = Group::of(request) {
+                *happened.groups.entry(group).or_default() += 1;
+            }
             let is_submit = request.route == Route::Submit;
             happened.submits += usize::from(is_submit);
             let name = match request.fault.as_deref() {
