@@ -230,6 +230,7 @@ fn is_true_failure(answer: &Answer, expected: Expected, batches: &[&Created]) ->
     let may_be = match (expected, code) {
         (Expected::Invalid, code) => code == "invalid_command",
         (Expected::NotFound, code) => ["not_found", UNAVAILABLE, UNKNOWN].contains(&code),
+        (Expected::Expired, code) => code == "expired",
         (Expected::Batch, code) => [UNAVAILABLE, UNKNOWN].contains(&code),
     };
     // Any other code says that there is none.

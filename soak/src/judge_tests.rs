@@ -32,7 +32,8 @@ fn failed(code: &str) -> Answer {
 
 /// What is found about one command, "c".
 fn found_of(expected: Expected, answers: Vec<Answer>, batches: &[Created]) -> Vec<Broken> {
-    let command = Command { id: "c".into(), body: Vec::new(), expected, looks: looks() };
+    let command =
+        Command { id: "c".into(), body: Vec::new(), not_after: None, expected, looks: looks() };
     let answers =
         if answers.is_empty() { HashMap::new() } else { HashMap::from([("c".into(), answers)]) };
     judge(&[command], &[true], &answers, batches).broken.into_keys().collect()
@@ -53,14 +54,20 @@ fn what_is_as_promised_is_not_held_against_anybody() {
     assert_eq!(found_of(Expected::Invalid, vec![failed("invalid_command")], &[]), []);
     assert_eq!(found_of(Expected::NotFound, vec![failed("not_found")], &[]), []);
     assert_eq!(found_of(Expected::NotFound, vec![failed("outcome_unknown")], &[]), []);
+    assert_eq!(found_of(Expected::Expired, vec![failed("expired")], &[]), []);
 }
 
 #[test]
 fn a_command_without_a_result_is_lost_once_the_broker_had_it() {
     assert_eq!(found(vec![], &[]), [Broken::Lost]);
     assert_eq!(found(vec![], &[batch("b", Some("c"))]), [Broken::Lost]);
-    let command =
-        Command { id: "c".into(), body: Vec::new(), expected: Expected::Batch, looks: looks() };
+    let command = Command {
+        id: "c".into(),
+        body: Vec::new(),
+        not_after: None,
+        expected: Expected::Batch,
+        looks: looks(),
+    };
     assert_eq!(judge(&[command], &[false], &HashMap::new(), &[]).count(Broken::Lost), 0);
 }
 
@@ -88,16 +95,22 @@ fn a_success_without_its_batch_is_false() {
 fn a_failure_that_denies_a_batch_or_names_a_wrong_reason_is_false() {
     let one = [batch("b", Some("c"))];
     assert_eq!(found(vec![failed("upstream_unavailable")], &one), [Broken::FalseFailed]);
-    for code in ["invalid_command", "not_found", "rejected_by_elevenlabs", "unauthorized", "x"] {
+    for code in
+        ["invalid_command", "not_found", "rejected_by_elevenlabs", "unauthorized", "expired", "x"]
+    {
         assert_eq!(found(vec![failed(code)], &[]), [Broken::FalseFailed], "{code}");
     }
     let without_code = Answer { error_code: None, ..failed("x") };
     assert_eq!(found(vec![without_code], &[]), [Broken::FalseFailed]);
     let says_yes = Answer { body: done("b").body, ..failed("outcome_unknown") };
     assert_eq!(found(vec![says_yes], &one), [Broken::FalseFailed]);
-    for expected in [Expected::Invalid, Expected::NotFound] {
-        let code = if expected == Expected::Invalid { "invalid_command" } else { "not_found" };
+    for (expected, code) in [
+        (Expected::Invalid, "invalid_command"),
+        (Expected::NotFound, "not_found"),
+        (Expected::Expired, "expired"),
+    ] {
         assert_eq!(found_of(expected, vec![failed(code)], &one), [Broken::FalseFailed]);
+        assert_eq!(found_of(expected, vec![done("b")], &one), [Broken::FalseSucceeded]);
         let other = vec![failed("rejected_by_elevenlabs")];
         assert_eq!(found_of(expected, other, &[]), [Broken::FalseFailed]);
     }
@@ -131,6 +144,7 @@ fn unknown_outcomes_are_counted_by_what_they_hide() {
     let commands = ["c", "d"].map(|id| Command {
         id: id.into(),
         body: Vec::new(),
+        not_after: None,
         expected: Expected::Batch,
         looks: looks(),
     });
@@ -147,7 +161,13 @@ fn unknown_outcomes_are_counted_by_what_they_hide() {
 /// and the others are not answered at all.
 fn found_among(all: usize, answered: usize, code: &str, expected: Expected) -> usize {
     let commands: Vec<_> = (0..all)
-        .map(|n| Command { id: n.to_string(), body: Vec::new(), expected, looks: looks() })
+        .map(|n| Command {
+            id: n.to_string(),
+            body: Vec::new(),
+            not_after: None,
+            expected,
+            looks: looks(),
+        })
         .collect();
     let answers = commands[..answered].iter().map(|c| (c.id.clone(), vec![failed(code)])).collect();
     judge(&commands, &vec![false; all], &answers, &[]).count(Broken::KnowsTooLittle)

@@ -12,6 +12,11 @@ const MAX_RECIPIENTS: usize = 5;
 /// A copy is published up to so many places after its original.
 const COPY_DISTANCE: usize = 60;
 
+/// Unix seconds of a `not_after` that has passed…
+const LONG_AGO: i64 = 1_600_000_000;
+/// …and of one that does not pass while anybody soaks.
+const FAR_AHEAD: i64 = 4_000_000_000;
+
 /// How a command may end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
@@ -21,6 +26,8 @@ pub enum Expected {
     Invalid,
     /// The vendor knows no such agent or phone number.
     NotFound,
+    /// Its `not_after` had passed before it was sent.
+    Expired,
 }
 
 /// One submit.
@@ -30,6 +37,8 @@ pub struct Command {
     pub id: String,
     /// What is published.
     pub body: Vec<u8>,
+    /// The header of that name, in Unix seconds.
+    pub not_after: Option<i64>,
     /// How it may end.
     pub expected: Expected,
     /// What a batch of it looks like.
@@ -105,10 +114,15 @@ fn command(random: &mut StdRng, id: String, n: usize) -> Command {
     let expected = match random.random_range(0..100) {
         0..5 => Expected::Invalid,
         5..8 => Expected::NotFound,
+        8..11 => Expected::Expired,
         _ => Expected::Batch,
     };
+    let not_after = match expected {
+        Expected::Expired => Some(LONG_AGO),
+        _ => random.random_bool(0.05).then_some(FAR_AHEAD),
+    };
     let body = match expected {
-        Expected::Batch => body.to_string().into_bytes(),
+        Expected::Batch | Expected::Expired => body.to_string().into_bytes(),
         Expected::Invalid => broken(random, body),
         Expected::NotFound => {
             let (field, id) =
@@ -118,7 +132,7 @@ fn command(random: &mut StdRng, id: String, n: usize) -> Command {
             body.to_string().into_bytes()
         }
     };
-    Command { id, body, expected, looks }
+    Command { id, body, not_after, expected, looks }
 }
 
 /// One of several ways to break the contract.
@@ -164,8 +178,20 @@ mod tests {
         let once: HashSet<_> = plan.order.iter().collect();
         assert_eq!(once.len(), 1000);
         assert!((1080..1250).contains(&plan.order.len()), "{}", plan.order.len());
-        for expected in [Expected::Batch, Expected::Invalid, Expected::NotFound] {
+        for expected in [Expected::Batch, Expected::Invalid, Expected::NotFound, Expected::Expired]
+        {
             assert!(plan.commands.iter().any(|command| command.expected == expected));
         }
+    }
+
+    #[test]
+    fn what_has_expired_says_so_and_some_others_have_time() {
+        let plan = Plan::new(7, 1000);
+        for command in &plan.commands {
+            let expired = command.not_after == Some(LONG_AGO);
+            assert_eq!(expired, command.expected == Expected::Expired);
+        }
+        let ahead = |command: &&Command| command.not_after == Some(FAR_AHEAD);
+        assert!((20..100).contains(&plan.commands.iter().filter(ahead).count()));
     }
 }

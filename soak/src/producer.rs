@@ -9,6 +9,7 @@ use call_manager::domain::command::CommandKind;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, PublisherConfirm};
 use tokio::time::{interval, sleep, timeout};
 
@@ -148,10 +149,15 @@ impl Producer<'_> {
     }
 
     async fn send(&self, channel: &Channel, command: &Command) -> anyhow::Result<PublisherConfirm> {
+        let mut headers = FieldTable::default();
+        if let Some(seconds) = command.not_after {
+            headers.insert("not_after".into(), AMQPValue::LongLongInt(seconds));
+        }
         let properties = BasicProperties::default()
             .with_message_id(command.id.as_str().into())
             .with_content_type("application/json".into())
-            .with_delivery_mode(PERSISTENT);
+            .with_delivery_mode(PERSISTENT)
+            .with_headers(headers);
         let publish = channel.basic_publish(
             self.topology.commands_exchange().into(),
             CommandKind::Submit.routing_key().into(),
