@@ -1,15 +1,21 @@
 //! The judgement: which promises the answers and batches of a soak break. Pure.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod existing;
+mod submits;
 
+use std::collections::{BTreeMap, HashMap};
+
+use call_manager::domain::command::CommandKind;
 use serde_json::Value;
 
-use crate::plan::{Command, Expected, Looks};
+use crate::plan::{Asks, Command, Looks, Target};
 
 /// The code that says: it may or may not have been done.
 const UNKNOWN: &str = "outcome_unknown";
 /// The code that says: it could not be done, and surely was not.
 const UNAVAILABLE: &str = "upstream_unavailable";
+/// The code that says: there is no such thing.
+const NOT_FOUND: &str = "not_found";
 
 /// One in so many commands may be answered with each of these two, rounded up. A worker that answers
 /// nothing else never lies, and is of no use. Every fault of a soak is shorter than the workers'
@@ -38,6 +44,8 @@ pub struct Created {
     pub batch_id: String,
     /// The command its recipients name; `None` where they name none, or not all the same.
     pub command_id: Option<String>,
+    /// Whether it is cancelled in the end.
+    pub cancelled: bool,
     /// What it has in common with its command.
     pub looks: Looks,
 }
@@ -49,11 +57,13 @@ pub enum Broken {
     Lost,
     /// More than one batch of one command.
     DuplicateBatches,
-    /// «It was done», and there is no such batch.
+    /// «It was done», and there is no such batch, or it is not cancelled.
     FalseSucceeded,
     /// «It was not done», and there is a batch; or a reason that is not true.
     FalseFailed,
-    /// Two results of one command that are not the same.
+    /// A cancelled batch, and whoever may have cancelled it was told that it was not done.
+    CancelledByNobody,
+    /// Two results of one submit, or under one `message_id`, that are not the same.
     DifferingResults,
     /// A result or batch of no command, or a batch that is not what its command asked for.
     Stray,
@@ -62,11 +72,12 @@ pub enum Broken {
 }
 
 impl Broken {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Lost,
         Self::DuplicateBatches,
         Self::FalseSucceeded,
         Self::FalseFailed,
+        Self::CancelledByNobody,
         Self::DifferingResults,
         Self::Stray,
         Self::KnowsTooLittle,
@@ -79,6 +90,7 @@ impl Broken {
             Self::DuplicateBatches => "duplicate batches",
             Self::FalseSucceeded => "false succeeded",
             Self::FalseFailed => "false failed",
+            Self::CancelledByNobody => "batches cancelled by nobody",
             Self::DifferingResults => "results that differ for one command",
             Self::Stray => "results or batches nobody asked for",
             Self::KnowsTooLittle => "answers that know too little",
@@ -91,11 +103,12 @@ impl Broken {
 pub struct Findings {
     /// The ids concerned, of commands or, where they belong to none, of batches.
     pub broken: BTreeMap<Broken, Vec<String>>,
-    /// Commands answered `outcome_unknown` that have a batch…
+    /// Submits answered `outcome_unknown` that have a batch…
     pub unknown_with_batch: usize,
     /// …and that have none.
     pub unknown_without_batch: usize,
-    /// Commands by how they were (first) answered: `succeeded` or the error code.
+    /// Commands by how they were (first) answered: `succeeded` or the error code, behind the kind of those
+    /// that are no submits.
     pub endings: BTreeMap<String, usize>,
 }
 
@@ -112,130 +125,155 @@ impl Findings {
     }
 }
 
-/// Judges the `commands` (`confirmed` says of each whether the broker has taken it) by all the
-/// `answers` that were published and all the `batches` that exist.
-pub fn judge(
-    commands: &[Command],
-    confirmed: &[bool],
-    answers: &HashMap<String, Vec<Answer>>,
-    batches: &[Created],
-) -> Findings {
-    let mut findings = Findings::default();
-    let known: HashSet<&str> = commands.iter().map(|command| command.id.as_str()).collect();
-    let mut of_command: HashMap<&str, Vec<&Created>> = HashMap::new();
-    for batch in batches {
-        match batch.command_id.as_deref().filter(|id| known.contains(id)) {
-            Some(id) => of_command.entry(id).or_default().push(batch),
-            None => findings.add(Broken::Stray, &batch.batch_id),
+/// What there is to judge by.
+pub struct Evidence<'a> {
+    pub commands: &'a [Command],
+    /// Of each command, whether the broker has taken it.
+    pub confirmed: &'a [bool],
+    /// Of each command, whether the submit that it names had its result before it was sent.
+    pub late: &'a [bool],
+    /// All that were published, by command id.
+    pub answers: &'a HashMap<String, Vec<Answer>>,
+    /// All that exist.
+    pub batches: &'a [Created],
+}
+
+/// The same, sorted.
+struct Cases<'a> {
+    evidence: &'a Evidence<'a>,
+    /// Of each command.
+    batches: Vec<Vec<&'a Created>>,
+    /// Those that name each command, by either id.
+    cancels: Vec<Vec<usize>>,
+}
+
+impl<'a> Cases<'a> {
+    /// What belongs to no command is found on the way.
+    fn new(evidence: &'a Evidence<'a>, findings: &mut Findings) -> Self {
+        let commands = evidence.commands;
+        let ids = commands.iter().map(|command| command.id.as_str());
+        let positions: HashMap<_, _> = ids.zip(0..).collect();
+        let mut batches = vec![Vec::new(); commands.len()];
+        for batch in evidence.batches {
+            let id = batch.command_id.as_deref();
+            match id.and_then(|id| positions.get(id).copied()) {
+                Some(at) if commands[at].kind() == CommandKind::Submit => batches[at].push(batch),
+                _ => findings.add(Broken::Stray, &batch.batch_id),
+            }
         }
-    }
-    let mut strangers: Vec<_> = answers.keys().filter(|id| !known.contains(id.as_str())).collect();
-    strangers.sort();
-    for id in strangers {
-        findings.add(Broken::Stray, id);
+        let mut strangers: Vec<_> =
+            evidence.answers.keys().filter(|id| !positions.contains_key(id.as_str())).collect();
+        strangers.sort();
+        for id in strangers {
+            findings.add(Broken::Stray, id);
+        }
+        let mut cancels = vec![Vec::new(); commands.len()];
+        for (at, command) in commands.iter().enumerate() {
+            if let Asks::Cancel(Target::Submit(submit) | Target::BatchOf(submit)) = command.asks {
+                cancels[submit].push(at);
+            }
+        }
+        Self { evidence, batches, cancels }
     }
 
-    for (command, confirmed) in commands.iter().zip(confirmed) {
-        let batches = of_command.remove(command.id.as_str()).unwrap_or_default();
-        let answers = answers.get(&command.id).map(Vec::as_slice).unwrap_or_default();
-        judge_one(&mut findings, command, *confirmed, answers, &batches);
+    fn answers(&self, command: usize) -> &'a [Answer] {
+        let id = &self.evidence.commands[command].id;
+        self.evidence.answers.get(id).map(Vec::as_slice).unwrap_or_default()
     }
-    judge_knowledge(&mut findings, commands, answers);
+}
+
+/// Judges everything.
+pub fn judge(evidence: &Evidence) -> Findings {
+    let mut findings = Findings::default();
+    let cases = Cases::new(evidence, &mut findings);
+    for (at, command) in evidence.commands.iter().enumerate() {
+        judge_results(&mut findings, &cases, at);
+        match &command.asks {
+            Asks::Submit { expected, looks } => {
+                submits::judge(&mut findings, &cases, at, (*expected, looks));
+            }
+            Asks::Cancel(target) | Asks::Get(target) => {
+                existing::judge(&mut findings, &cases, at, *target);
+            }
+        }
+    }
+    existing::judge_cancelled(&mut findings, &cases);
+    judge_knowledge(&mut findings, &cases);
     findings
 }
 
-/// Of each answer that is always allowed, whether there are too many.
-fn judge_knowledge(
-    findings: &mut Findings,
-    commands: &[Command],
-    answers: &HashMap<String, Vec<Answer>>,
-) {
-    let valid: Vec<_> =
-        commands.iter().filter(|command| command.expected != Expected::Invalid).collect();
-    for code in [UNKNOWN, UNAVAILABLE] {
-        let says_so = |command: &&&Command| {
-            let first = answers.get(&command.id).and_then(|answers| answers.first());
-            first.is_some_and(|answer| answer.error_code.as_deref() == Some(code))
-        };
-        let so_answered: Vec<_> = valid.iter().filter(says_so).collect();
-        if so_answered.len() > valid.len().div_ceil(ONE_MAY_NOT_KNOW_OF) {
-            for command in so_answered {
-                findings.add(Broken::KnowsTooLittle, &command.id);
-            }
-        }
-    }
-}
-
-fn judge_one(
-    findings: &mut Findings,
-    command: &Command,
-    confirmed: bool,
-    answers: &[Answer],
-    batches: &[&Created],
-) {
-    let id = command.id.as_str();
-    if batches.len() > 1 {
-        findings.add(Broken::DuplicateBatches, id);
-    }
-    if batches.iter().any(|batch| batch.looks != command.looks) {
-        findings.add(Broken::Stray, id);
-    }
+/// What is to be demanded of the results of any command.
+fn judge_results(findings: &mut Findings, cases: &Cases, at: usize) {
+    let command = &cases.evidence.commands[at];
+    let (kind, answers) = (command.kind(), cases.answers(at));
     let Some(first) = answers.first() else {
-        if confirmed {
-            findings.add(Broken::Lost, id);
+        if cases.evidence.confirmed[at] {
+            findings.add(Broken::Lost, &command.id);
         }
         return;
     };
-    if answers.iter().any(|answer| answer != first) {
-        findings.add(Broken::DifferingResults, id);
-    }
-    for answer in answers {
-        if answer.says_done() {
-            if !is_true_success(answer, command.expected, batches) {
-                findings.add(Broken::FalseSucceeded, id);
-            }
-        } else if !is_true_failure(answer, command.expected, batches) {
-            findings.add(Broken::FalseFailed, id);
-        }
-    }
-    let ending = match &first.error_code {
-        Some(code) => code.as_str(),
-        None => "succeeded",
+    // To cancel or to read again may end in another way: then it is another result.
+    let differs = |(n, answer): (usize, &Answer)| {
+        let same =
+            |other: &&Answer| kind == CommandKind::Submit || other.message_id == answer.message_id;
+        answers[..n].iter().find(same).is_some_and(|other| other != answer)
     };
-    *findings.endings.entry(ending.to_owned()).or_default() += 1;
-    if ending == UNKNOWN && batches.is_empty() {
-        findings.unknown_without_batch += 1;
-    } else if ending == UNKNOWN {
-        findings.unknown_with_batch += 1;
+    if answers.iter().enumerate().any(differs) {
+        findings.add(Broken::DifferingResults, &command.id);
+    }
+    let code = first.error_code.as_deref().unwrap_or("succeeded");
+    let ending = match kind {
+        CommandKind::Submit => code.to_owned(),
+        kind => format!("{kind} {code}"),
+    };
+    *findings.endings.entry(ending).or_default() += 1;
+}
+
+/// Of each answer that is always allowed, whether there are too many.
+fn judge_knowledge(findings: &mut Findings, cases: &Cases) {
+    let commands = cases.evidence.commands;
+    let valid: Vec<_> = (0..commands.len()).filter(|at| !commands[*at].is_invalid()).collect();
+    for code in [UNKNOWN, UNAVAILABLE] {
+        let says_so = |at: &&usize| cases.answers(**at).first().is_some_and(|first| first.is(code));
+        let so_answered: Vec<_> = valid.iter().filter(says_so).collect();
+        if so_answered.len() > valid.len().div_ceil(ONE_MAY_NOT_KNOW_OF) {
+            for at in so_answered {
+                findings.add(Broken::KnowsTooLittle, &commands[*at].id);
+            }
+        }
     }
 }
 
 impl Answer {
-    fn says_done(&self) -> bool {
-        self.routing_key.ends_with(".succeeded")
+    /// Whether it says that a command of this kind was done…
+    fn says_done(&self, kind: CommandKind) -> bool {
+        self.routing_key == format!("{}.succeeded", kind.routing_key())
     }
-}
 
-fn is_true_success(answer: &Answer, expected: Expected, batches: &[&Created]) -> bool {
-    let body: Value = serde_json::from_str(&answer.body).unwrap_or_default();
-    expected == Expected::Batch
-        && answer.error_code.is_none()
-        && body["success"] == true
-        && batches.iter().any(|batch| body["data"]["id"] == batch.batch_id.as_str())
-}
+    /// …and whether everything else in it says so too.
+    fn is_success(&self) -> bool {
+        self.error_code.is_none() && self.envelope()["success"] == true
+    }
 
-fn is_true_failure(answer: &Answer, expected: Expected, batches: &[&Created]) -> bool {
-    let body: Value = serde_json::from_str(&answer.body).unwrap_or_default();
-    let code = answer.error_code.as_deref().unwrap_or_default();
-    let may_be = match (expected, code) {
-        (Expected::Invalid, code) => code == "invalid_command",
-        (Expected::NotFound, code) => ["not_found", UNAVAILABLE, UNKNOWN].contains(&code),
-        (Expected::Expired, code) => code == "expired",
-        (Expected::Batch, code) => [UNAVAILABLE, UNKNOWN].contains(&code),
-    };
-    // Any other code says that there is none.
-    let denies_nothing = code == UNKNOWN || batches.is_empty();
-    may_be && body["success"] == false && denies_nothing
+    /// Whether everything in it says that a command of this kind was not done.
+    fn is_failure(&self, kind: CommandKind) -> bool {
+        self.routing_key == format!("{}.failed", kind.routing_key())
+            && self.error_code.is_some()
+            && self.envelope()["success"] == false
+    }
+
+    fn is(&self, code: &str) -> bool {
+        self.error_code.as_deref() == Some(code)
+    }
+
+    fn envelope(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_default()
+    }
+
+    /// The batch that it tells of.
+    pub fn batch_id(&self) -> Option<String> {
+        Some(self.envelope()["data"]["id"].as_str()?.to_owned())
+    }
 }
 
 #[cfg(test)]

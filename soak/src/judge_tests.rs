@@ -3,16 +3,30 @@
 use serde_json::json;
 
 use super::*;
+use crate::plan::Expected;
 
-fn looks() -> Looks {
+pub fn looks() -> Looks {
     Looks { name: "n".into(), agent: "a".into(), numbers: vec!["+14155550100".into()] }
 }
 
-fn batch(batch_id: &str, command: Option<&str>) -> Created {
-    Created { batch_id: batch_id.into(), command_id: command.map(str::to_owned), looks: looks() }
+pub fn command(id: &str, asks: Asks) -> Command {
+    Command { id: id.into(), asks, body: Vec::new(), not_after: None }
 }
 
-fn done(batch_id: &str) -> Answer {
+pub fn submit(id: &str, expected: Expected) -> Command {
+    command(id, Asks::Submit { expected, looks: looks() })
+}
+
+pub fn batch(batch_id: &str, command: Option<&str>) -> Created {
+    Created {
+        batch_id: batch_id.into(),
+        command_id: command.map(str::to_owned),
+        cancelled: false,
+        looks: looks(),
+    }
+}
+
+pub fn done(batch_id: &str) -> Answer {
     Answer {
         message_id: "m".into(),
         routing_key: "batch-calling.submit.succeeded".into(),
@@ -21,7 +35,7 @@ fn done(batch_id: &str) -> Answer {
     }
 }
 
-fn failed(code: &str) -> Answer {
+pub fn failed(code: &str) -> Answer {
     Answer {
         message_id: "m".into(),
         routing_key: "batch-calling.submit.failed".into(),
@@ -30,13 +44,21 @@ fn failed(code: &str) -> Answer {
     }
 }
 
+/// What is found about commands that were all confirmed, and sent before any result was there.
+pub fn judged(
+    commands: &[Command],
+    answers: &HashMap<String, Vec<Answer>>,
+    batches: &[Created],
+) -> Findings {
+    let (confirmed, late) = (vec![true; commands.len()], vec![false; commands.len()]);
+    judge(&Evidence { commands, confirmed: &confirmed, late: &late, answers, batches })
+}
+
 /// What is found about one command, "c".
 fn found_of(expected: Expected, answers: Vec<Answer>, batches: &[Created]) -> Vec<Broken> {
-    let command =
-        Command { id: "c".into(), body: Vec::new(), not_after: None, expected, looks: looks() };
     let answers =
         if answers.is_empty() { HashMap::new() } else { HashMap::from([("c".into(), answers)]) };
-    judge(&[command], &[true], &answers, batches).broken.into_keys().collect()
+    judged(&[submit("c", expected)], &answers, batches).broken.into_keys().collect()
 }
 
 fn found(answers: Vec<Answer>, batches: &[Created]) -> Vec<Broken> {
@@ -61,14 +83,14 @@ fn what_is_as_promised_is_not_held_against_anybody() {
 fn a_command_without_a_result_is_lost_once_the_broker_had_it() {
     assert_eq!(found(vec![], &[]), [Broken::Lost]);
     assert_eq!(found(vec![], &[batch("b", Some("c"))]), [Broken::Lost]);
-    let command = Command {
-        id: "c".into(),
-        body: Vec::new(),
-        not_after: None,
-        expected: Expected::Batch,
-        looks: looks(),
+    let evidence = Evidence {
+        commands: &[submit("c", Expected::Batch)],
+        confirmed: &[false],
+        late: &[false],
+        answers: &HashMap::new(),
+        batches: &[],
     };
-    assert_eq!(judge(&[command], &[false], &HashMap::new(), &[]).count(Broken::Lost), 0);
+    assert_eq!(judge(&evidence).count(Broken::Lost), 0);
 }
 
 #[test]
@@ -95,13 +117,21 @@ fn a_success_without_its_batch_is_false() {
 fn a_failure_that_denies_a_batch_or_names_a_wrong_reason_is_false() {
     let one = [batch("b", Some("c"))];
     assert_eq!(found(vec![failed("upstream_unavailable")], &one), [Broken::FalseFailed]);
-    for code in
-        ["invalid_command", "not_found", "rejected_by_elevenlabs", "unauthorized", "expired", "x"]
-    {
+    for code in [
+        "invalid_command",
+        "not_found",
+        "rejected_by_elevenlabs",
+        "unauthorized",
+        "expired",
+        "cancelled_before_submit",
+        "x",
+    ] {
         assert_eq!(found(vec![failed(code)], &[]), [Broken::FalseFailed], "{code}");
     }
     let without_code = Answer { error_code: None, ..failed("x") };
     assert_eq!(found(vec![without_code], &[]), [Broken::FalseFailed]);
+    let of_a_get = Answer { routing_key: "batch-calling.get.failed".into(), ..failed(UNKNOWN) };
+    assert_eq!(found(vec![of_a_get], &one), [Broken::FalseFailed]);
     let says_yes = Answer { body: done("b").body, ..failed("outcome_unknown") };
     assert_eq!(found(vec![says_yes], &one), [Broken::FalseFailed]);
     for (expected, code) in [
@@ -136,23 +166,17 @@ fn what_nobody_asked_for_is_found() {
     let altered = Created { looks: Looks::default(), ..one };
     assert_eq!(found(vec![done("b")], &[altered]), [Broken::Stray]);
     let answers = HashMap::from([("other".to_owned(), vec![done("b")])]);
-    assert_eq!(judge(&[], &[], &answers, &[]).count(Broken::Stray), 1);
+    assert_eq!(judged(&[], &answers, &[]).count(Broken::Stray), 1);
 }
 
 #[test]
 fn unknown_outcomes_are_counted_by_what_they_hide() {
-    let commands = ["c", "d"].map(|id| Command {
-        id: id.into(),
-        body: Vec::new(),
-        not_after: None,
-        expected: Expected::Batch,
-        looks: looks(),
-    });
+    let commands = ["c", "d"].map(|id| submit(id, Expected::Batch));
     let answers = commands
         .each_ref()
         .map(|command| (command.id.clone(), vec![failed("outcome_unknown")]))
         .into();
-    let findings = judge(&commands, &[true, true], &answers, &[batch("b", Some("c"))]);
+    let findings = judged(&commands, &answers, &[batch("b", Some("c"))]);
     assert_eq!((findings.unknown_with_batch, findings.unknown_without_batch), (1, 1));
     assert_eq!(findings.endings["outcome_unknown"], 2);
 }
@@ -160,17 +184,9 @@ fn unknown_outcomes_are_counted_by_what_they_hide() {
 /// What is found about so many commands without a batch, of which the first are answered with `code`
 /// and the others are not answered at all.
 fn found_among(all: usize, answered: usize, code: &str, expected: Expected) -> usize {
-    let commands: Vec<_> = (0..all)
-        .map(|n| Command {
-            id: n.to_string(),
-            body: Vec::new(),
-            not_after: None,
-            expected,
-            looks: looks(),
-        })
-        .collect();
+    let commands: Vec<_> = (0..all).map(|n| submit(&n.to_string(), expected)).collect();
     let answers = commands[..answered].iter().map(|c| (c.id.clone(), vec![failed(code)])).collect();
-    judge(&commands, &vec![false; all], &answers, &[]).count(Broken::KnowsTooLittle)
+    judged(&commands, &answers, &[]).count(Broken::KnowsTooLittle)
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! A soak of the worker: many submits, real processes, random faults, and a judgement at the end.
+//! A soak of the worker: many submits, cancels and gets, real processes, random faults, and a judgement at
+//! the end.
 //!
 //! `script/soak` starts it with a private RabbitMQ node in its hands. Exit code 0: every promise was
 //! kept; 1: one was broken; 2: the soak itself could not be run.

@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-/// Sends many submits through RabbitMQ to worker processes under faults, and judges what came of it.
+/// Sends many commands through RabbitMQ to worker processes under faults, and judges what came of it.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 pub struct Options {
     /// Decides every command and the order of every fault.
     #[arg(long)]
     pub seed: u64,
-    /// How many submits.
+    /// How many commands: four in five are submits, the others cancels and gets of them.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub commands: u32,
     /// How many worker processes.

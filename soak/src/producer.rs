@@ -1,21 +1,22 @@
 //! Publishes the plan at a steady rate: persistent, mandatory, confirmed, and again what was not.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use call_manager::broker::Topology;
-use call_manager::domain::command::CommandKind;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, PublisherConfirm};
+use serde_json::json;
 use tokio::time::{interval, sleep, timeout};
 
 use crate::amqp::{self, PERSISTENT};
 use crate::book::Book;
-use crate::plan::{Command, Plan};
+use crate::plan::{Command, NO_BATCH, Plan};
 
 /// Commands without a result at any time: enough to keep every worker busy, few enough for faults
 /// to meet commands in every stage.
@@ -122,7 +123,7 @@ impl Producer<'_> {
                         return End::Lost;
                     }
                     while self.may_publish(waiting.len(), began) {
-                        let Some(command) = waiting.pop_front() else { break };
+                        let Some(command) = self.next(waiting) else { break };
                         serial += 1;
                         let this = serial;
                         unconfirmed.insert(this, command);
@@ -138,6 +139,16 @@ impl Producer<'_> {
         End::Finished
     }
 
+    /// The first one that has not to wait for a result.
+    fn next(&self, waiting: &mut VecDeque<usize>) -> Option<usize> {
+        let is_ready = |command: &usize| {
+            let waits_for = self.plan.commands[*command].waits_for();
+            waits_for.is_none_or(|submit| self.book.is_answered(submit))
+        };
+        let at = waiting.iter().position(is_ready)?;
+        waiting.remove(at)
+    }
+
     /// Whether the next one is due, `left` publications before the end. After a lost connection what
     /// was due meanwhile comes at once.
     fn may_publish(&self, left: usize, began: Instant) -> bool {
@@ -146,6 +157,14 @@ impl Producer<'_> {
         let millis = |time: Duration| usize::try_from(time.as_millis()).unwrap_or(usize::MAX);
         let share = all.saturating_mul(millis(began.elapsed())) / millis(self.duration).max(1);
         all - left < share && numbers.started - numbers.answered.min(numbers.started) < WINDOW
+    }
+
+    /// The same for every publication: it is the first result that tells the batch.
+    fn body<'c>(&self, command: &'c Command) -> Cow<'c, [u8]> {
+        let Some(submit) = command.waits_for() else { return Cow::Borrowed(&command.body) };
+        let batch = self.book.batch_of(submit);
+        let batch = batch.as_deref().unwrap_or(NO_BATCH);
+        Cow::Owned(json!({"batch_id": batch}).to_string().into_bytes())
     }
 
     async fn send(&self, channel: &Channel, command: &Command) -> anyhow::Result<PublisherConfirm> {
@@ -158,11 +177,12 @@ impl Producer<'_> {
             .with_content_type("application/json".into())
             .with_delivery_mode(PERSISTENT)
             .with_headers(headers);
+        let body = self.body(command);
         let publish = channel.basic_publish(
             self.topology.commands_exchange().into(),
-            CommandKind::Submit.routing_key().into(),
+            command.kind().routing_key().into(),
             BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() },
-            &command.body,
+            &body,
             properties,
         );
         Ok(timeout(CALL_LIMIT, publish).await.context("the broker takes no command")??)

@@ -8,7 +8,7 @@ use crate::chaos::{BROKER_KILLED, BROKER_RESTARTED, CONNECTIONS_CLOSED};
 use crate::crew::{DIED, KILLED, PAUSED, STOPPED, STOPPED_BADLY};
 use crate::judge::{Broken, Created, Findings};
 use crate::options::Options;
-use crate::plan::Plan;
+use crate::plan::{Command, Plan};
 use crate::quota::quotas;
 use crate::vendor::Happened;
 
@@ -165,7 +165,7 @@ fn events(text: &mut String, soak: &Soak, happened: &Happened) -> anyhow::Result
     writeln!(
         text,
         "what happened to requests: {met} of {} submits met a fault\n  {:46} {:>9} {:>9}",
-        happened.submits, "", "submit", "list, get"
+        happened.submits, "", "submit", "others"
     )?;
     for (name, (submits, others)) in &happened.faults {
         writeln!(text, "  {name:46} {submits:>9} {others:>9}")?;
@@ -178,18 +178,33 @@ fn cases(text: &mut String, soak: &Soak, findings: &Findings) -> anyhow::Result<
     for (broken, ids) in &findings.broken {
         writeln!(text, "\n{}, {} of {}:", broken.name(), ids.len().min(CASES), ids.len())?;
         for id in ids.iter().take(CASES) {
-            writeln!(text, "  {id}")?;
-            for answer in soak.record.answers.get(id).into_iter().flatten() {
-                let code = answer.error_code.as_deref().unwrap_or("succeeded");
-                let body: String = answer.body.chars().take(BODY_SHOWN).collect();
-                writeln!(text, "    result {code}, message_id {}: {body}", answer.message_id)?;
-            }
-            let theirs =
-                |batch: &&Created| batch.command_id.as_deref() == Some(id) || batch.batch_id == *id;
-            for batch in soak.batches.iter().filter(theirs) {
-                writeln!(text, "    batch {}: {:?}", batch.batch_id, batch.looks)?;
+            case(text, soak, id)?;
+            // Behind a cancel or a get, the submit that it names.
+            let command = soak.plan.commands.iter().find(|command| command.id == *id);
+            if let Some(target) = command.and_then(Command::target) {
+                writeln!(text, "    it names {target:?}")?;
+                if let Some(submit) = target.submit() {
+                    case(text, soak, &soak.plan.commands[submit].id)?;
+                }
             }
         }
+    }
+    Ok(())
+}
+
+/// A command, or a batch that belongs to none.
+fn case(text: &mut String, soak: &Soak, id: &str) -> anyhow::Result<()> {
+    writeln!(text, "  {id}")?;
+    for answer in soak.record.answers.get(id).into_iter().flatten() {
+        let code = answer.error_code.as_deref().unwrap_or("succeeded");
+        let body: String = answer.body.chars().take(BODY_SHOWN).collect();
+        writeln!(text, "    result {code}, message_id {}: {body}", answer.message_id)?;
+    }
+    let theirs =
+        |batch: &&Created| batch.command_id.as_deref() == Some(id) || batch.batch_id == *id;
+    for batch in soak.batches.iter().filter(theirs) {
+        let cancelled = if batch.cancelled { "cancelled, " } else { "" };
+        writeln!(text, "    batch {}: {cancelled}{:?}", batch.batch_id, batch.looks)?;
     }
     Ok(())
 }

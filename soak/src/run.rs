@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::book::Book;
 use crate::chaos::Chaos;
 use crate::crew::{self, Crew};
-use crate::judge::{self, Created};
+use crate::judge::{self, Created, Evidence};
 use crate::listener::Listener;
 use crate::node::Node;
 use crate::options::{Faults, Options};
@@ -78,7 +78,13 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let batches = sandbox.batches().into_iter();
     let batches: Vec<Created> = batches.map(|batch| vendor::created(batch, &commands)).collect();
     let record = book.record();
-    let findings = judge::judge(&plan.commands, &record.confirmed, &record.answers, &batches);
+    let findings = judge::judge(&Evidence {
+        commands: &plan.commands,
+        confirmed: &record.confirmed,
+        late: &record.late,
+        answers: &record.answers,
+        batches: &batches,
+    });
     let happened = Happened::of(&sandbox.requests());
     sandbox.stop().await;
     let soak =

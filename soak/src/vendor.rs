@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use call_manager::domain::command::COMMAND_ID_VARIABLE;
-use elevenlabs_sandbox::{Batch, Effect, Fault, Reply, Request, Route, Sandbox};
+use elevenlabs_sandbox::{Batch, BatchStatus, Effect, Fault, Reply, Request, Route, Sandbox};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
@@ -31,6 +31,7 @@ pub fn order(sandbox: &Sandbox, seed: u64) {
         (Route::Submit, submit_faults()),
         (Route::List, read_faults()),
         (Route::Get, read_faults()),
+        (Route::Cancel, cancel_faults()),
     ] {
         for (effect, probability) in effects {
             let fault = Fault::on(route, effect).until_cleared();
@@ -72,7 +73,7 @@ fn submit_faults() -> Vec<(Effect, f64)> {
     ];
     for status in [500, 502, 503, 504, 408, 409] {
         faults.push((Effect::Status(Reply::new(status)), 0.003));
-        faults.push((Effect::Status(Reply::new(status).processed()), 0.003));
+        faults.push((Effect::Status(Reply::new(status).processed()), 0.004));
     }
     faults
 }
@@ -92,6 +93,22 @@ fn read_faults() -> Vec<(Effect, f64)> {
     faults
 }
 
+/// Many, because there are few cancels.
+fn cancel_faults() -> Vec<(Effect, f64)> {
+    vec![
+        (Effect::ResetBefore, 0.04),
+        (Effect::ResetAfter, 0.04),
+        (Effect::CloseAfter, 0.04),
+        (Effect::Hang { processed: true }, 0.02),
+        (Effect::Garbage, 0.03),
+        (Effect::Truncated, 0.03),
+        (Effect::Latency(SLOW), 0.05),
+        (Effect::Status(Reply::new(429)), 0.03),
+        (Effect::Status(Reply::new(500)), 0.03),
+        (Effect::Status(Reply::new(502).processed()), 0.04),
+    ]
+}
+
 /// The log does not tell a slow answer from a usual one.
 const LATENCY: &str = "none (a usual answer, or a slow one)";
 
@@ -106,13 +123,21 @@ pub enum Group {
     Refused,
     /// The same, and it was done.
     RefusedAndDone,
+    /// Whatever went wrong with a cancel.
+    Cancels,
     /// Whatever went wrong with another request.
     Reads,
 }
 
 impl Group {
-    pub const ALL: [Self; 5] =
-        [Self::LostRequests, Self::LostAnswers, Self::Refused, Self::RefusedAndDone, Self::Reads];
+    pub const ALL: [Self; 6] = [
+        Self::LostRequests,
+        Self::LostAnswers,
+        Self::Refused,
+        Self::RefusedAndDone,
+        Self::Cancels,
+        Self::Reads,
+    ];
 
     /// Its row in the table.
     pub const fn name(self) -> &'static str {
@@ -121,6 +146,7 @@ impl Group {
             Self::LostAnswers => "submits done, the answer lost",
             Self::Refused => "submits answered with an error",
             Self::RefusedAndDone => "submits done, answered with an error",
+            Self::Cancels => "cancels that failed",
             Self::Reads => "reads that failed",
         }
     }
@@ -133,6 +159,7 @@ impl Group {
             (Route::Submit, "status", true) => Self::RefusedAndDone,
             (Route::Submit, _, false) => Self::LostRequests,
             (Route::Submit, _, true) => Self::LostAnswers,
+            (Route::Cancel, _, _) => Self::Cancels,
             _ => Self::Reads,
         })
     }
@@ -155,7 +182,7 @@ impl Happened {
     /// Counts, with a zero for each kind that could have happened. Of a very long soak the sandbox
     /// remembers only the last 100,000 requests.
     pub fn of(requests: &[Request]) -> Self {
-        let every = submit_faults().into_iter().chain(read_faults());
+        let every = submit_faults().into_iter().chain(read_faults()).chain(cancel_faults());
         let faults = every.map(|(effect, _)| (name_of(&effect), (0, 0))).collect();
         let mut happened = Self { faults, ..Self::default() };
         for request in requests {
@@ -212,6 +239,7 @@ pub fn created(batch: Batch, commands: &HashMap<String, String>) -> Created {
         command_id: first
             .filter(|_| all_the_same)
             .and_then(|marker| commands.get(&marker).cloned()),
+        cancelled: batch.status == BatchStatus::Cancelled,
         looks: Looks {
             name: batch.name,
             agent: batch.agent_id,
