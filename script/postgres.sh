@@ -2,9 +2,6 @@
 # A PostgreSQL for the scripts: the one that answers at POSTGRES_URL, else a private server that lives as long as the
 # script.
 
-# "yes" when the server is a private one of this script.
-POSTGRES_IS_PRIVATE=no
-
 # Sees to a server and exports its POSTGRES_URL.
 ensure_postgres() {
     local host port
@@ -83,8 +80,6 @@ start_private_postgres() {
     pid=$!
     wait_until 60 "$pid" "$home/postgres.log" "the private PostgreSQL" postgres_is_ready "$port"
 
-    # shellcheck disable=SC2034 # read by the scripts
-    POSTGRES_IS_PRIVATE=yes
     export POSTGRES_URL=postgres://call-manager@127.0.0.1:$port/call-manager
     say "postgres: private server at 127.0.0.1 port $port, in ${home#"$ROOT"/}"
 }

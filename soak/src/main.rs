@@ -13,6 +13,7 @@ mod listener;
 mod node;
 mod options;
 mod plan;
+mod postgres;
 mod producer;
 mod quota;
 mod report;

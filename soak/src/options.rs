@@ -33,8 +33,11 @@ pub struct Options {
     #[arg(long, value_name = "URL")]
     pub amqp_url: String,
     /// Where the workers remember their submits.
-    #[arg(long, value_name = "URL")]
-    pub ledger_url: String,
+    #[arg(long, value_name = "URL", required_unless_present = "postgres")]
+    pub ledger_url: Option<String>,
+    /// `script/private-postgres`: the workers remember their submits in a server of its, which fails too.
+    #[arg(long, value_name = "FILE", conflicts_with = "ledger_url")]
+    pub postgres: Option<PathBuf>,
     /// An existing directory for the logs of workers and broker.
     #[arg(long, value_name = "DIRECTORY")]
     pub logs: PathBuf,
@@ -47,6 +50,6 @@ pub enum Faults {
     None,
     /// The vendor only.
     Vendor,
-    /// Vendor, worker processes and broker.
+    /// Vendor, worker processes, broker and PostgreSQL.
     All,
 }

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::chaos::{BROKER_KILLED, BROKER_RESTARTED, CONNECTIONS_CLOSED, VENDOR_CUT};
+use crate::chaos::{
+    BROKER_KILLED, BROKER_RESTARTED, CONNECTIONS_CLOSED, POSTGRES_KILLED, POSTGRES_RESTARTED,
+    VENDOR_CUT,
+};
 use crate::crew::{KILLED, PAUSED, STOPPED};
-use crate::options::Faults;
+use crate::options::{Faults, Options};
 use crate::vendor::{Group, Happened};
 
 /// Of processes, broker and connections. The first hand that is dealt has as many, and the sending of the
@@ -19,6 +22,9 @@ pub const OF_PROCESSES: [(&str, u32); 7] = [
     (BROKER_KILLED, 1),
     (VENDOR_CUT, 1),
 ];
+
+/// Of PostgreSQL, where there is one.
+pub const OF_POSTGRES: [(&str, u32); 2] = [(POSTGRES_RESTARTED, 1), (POSTGRES_KILLED, 1)];
 
 /// One fault of each group of the vendor's for so many commands: a tenth of what the rarest group comes to,
 /// so that it is no matter of luck.
@@ -42,20 +48,20 @@ impl Quota {
 
 /// Of everything that was to go wrong.
 pub fn quotas(
-    faults: Faults,
-    commands: u32,
+    options: &Options,
     events: &BTreeMap<&'static str, u32>,
     happened: &Happened,
 ) -> Vec<Quota> {
     let mut quotas = Vec::new();
-    if faults == Faults::All {
-        quotas.extend(OF_PROCESSES.map(|(what, least)| {
+    if options.faults == Faults::All {
+        let of_postgres = OF_POSTGRES.into_iter().filter(|_| options.postgres.is_some());
+        quotas.extend(OF_PROCESSES.into_iter().chain(of_postgres).map(|(what, least)| {
             let happened = events.get(what).copied().unwrap_or_default();
             Quota { what, least, happened }
         }));
     }
-    if faults != Faults::None {
-        let least = (commands / COMMANDS_PER_FAULT).min(MOST);
+    if options.faults != Faults::None {
+        let least = (options.commands / COMMANDS_PER_FAULT).min(MOST);
         quotas.extend(Group::ALL.map(|group| {
             let happened = happened.groups.get(&group).copied().unwrap_or_default();
             Quota { what: group.name(), least, happened }
@@ -66,29 +72,45 @@ pub fn quotas(
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+
+    fn options(faults: &str, commands: u32, ledger: &str) -> Options {
+        let given = format!(
+            "soak --seed 1 --workers 4 --worker w --broker b --rabbitmqctl r --amqp-url a --logs l \
+             --faults {faults} --commands {commands} --{ledger}"
+        );
+        Options::parse_from(given.split_whitespace())
+    }
 
     #[test]
     fn too_few_faults_of_one_kind_are_found() {
-        let mut events = BTreeMap::from(OF_PROCESSES);
+        let mut events: BTreeMap<_, _> = OF_PROCESSES.into_iter().chain(OF_POSTGRES).collect();
         let groups = Group::ALL.map(|group| (group, 2)).into();
         let mut happened = Happened { groups, ..Happened::default() };
         let unmet = |commands, events: &BTreeMap<_, _>, happened: &Happened| -> Vec<_> {
-            let quotas = quotas(Faults::All, commands, events, happened);
+            let quotas = quotas(&options("all", commands, "postgres p"), events, happened);
             quotas.into_iter().filter(|quota| !quota.is_met()).map(|quota| quota.what).collect()
         };
         assert!(unmet(1499, &events, &happened).is_empty());
         assert_eq!(unmet(1500, &events, &happened), Group::ALL.map(Group::name));
         events.insert(KILLED, 1);
+        events.remove(POSTGRES_KILLED);
         happened.groups.remove(&Group::Reads);
-        assert_eq!(unmet(1499, &events, &happened), [KILLED, Group::Reads.name()]);
+        assert_eq!(unmet(1499, &events, &happened), [KILLED, POSTGRES_KILLED, Group::Reads.name()]);
     }
 
     #[test]
     fn only_what_was_to_go_wrong_is_demanded() {
-        let quotas = |faults| quotas(faults, 1_000_000, &BTreeMap::new(), &Happened::default());
-        assert!(quotas(Faults::None).is_empty());
-        assert_eq!(quotas(Faults::Vendor).len(), Group::ALL.len());
-        assert!(quotas(Faults::Vendor).iter().all(|quota| quota.least == MOST));
+        let quotas = |faults, ledger| {
+            let options = options(faults, 1_000_000, ledger);
+            quotas(&options, &BTreeMap::new(), &Happened::default())
+        };
+        assert!(quotas("none", "postgres p").is_empty());
+        assert_eq!(quotas("vendor", "postgres p").len(), Group::ALL.len());
+        assert!(quotas("vendor", "postgres p").iter().all(|quota| quota.least == MOST));
+        let without = quotas("all", "ledger-url sqlite:l");
+        assert_eq!(without.len(), Group::ALL.len() + OF_PROCESSES.len());
     }
 }

@@ -4,7 +4,9 @@ use std::fmt::{Display, Write as _};
 use std::io::Write as _;
 
 use crate::book::{Book, Record};
-use crate::chaos::{BROKER_KILLED, BROKER_RESTARTED, CONNECTIONS_CLOSED};
+use crate::chaos::{
+    BROKER_KILLED, BROKER_RESTARTED, CONNECTIONS_CLOSED, POSTGRES_KILLED, POSTGRES_RESTARTED,
+};
 use crate::crew::{DIED, KILLED, PAUSED, STOPPED, STOPPED_BADLY};
 use crate::judge::{Broken, Created, Findings};
 use crate::options::Options;
@@ -48,7 +50,7 @@ pub fn progress(book: &Book, plan: &Plan, batches: usize) -> anyhow::Result<()> 
     writeln!(
         std::io::stderr(),
         "{:4}s  sent {} of {}, answered {}, batches {batches}; workers: {} killed, {} stopped, {} \
-         paused, {} died; broker: {} restarts, {} times all connections closed",
+         paused, {} died; broker: {} restarts, {} times all connections closed; PostgreSQL: {} restarts",
         book.elapsed().as_secs(),
         numbers.confirmed,
         plan.commands.len(),
@@ -59,6 +61,7 @@ pub fn progress(book: &Book, plan: &Plan, batches: usize) -> anyhow::Result<()> 
         times(&[DIED]),
         times(&[BROKER_RESTARTED, BROKER_KILLED]),
         times(&[CONNECTIONS_CLOSED]),
+        times(&[POSTGRES_RESTARTED, POSTGRES_KILLED]),
     )?;
     Ok(())
 }
@@ -141,8 +144,7 @@ fn promises(text: &mut String, soak: &Soak, findings: &Findings) -> anyhow::Resu
 
 /// Writes how often what was to go wrong went wrong; of how many kinds it was too little.
 fn faults(text: &mut String, soak: &Soak, happened: &Happened) -> anyhow::Result<usize> {
-    let (options, events) = (soak.options, &soak.record.events);
-    let quotas = quotas(options.faults, options.commands, events, happened);
+    let quotas = quotas(soak.options, &soak.record.events, happened);
     if !quotas.is_empty() {
         writeln!(text, "faults dealt{:36} {:>9} {:>9}", "", "times", "at least")?;
     }

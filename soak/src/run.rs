@@ -19,6 +19,7 @@ use crate::listener::Listener;
 use crate::node::Node;
 use crate::options::{Faults, Options};
 use crate::plan::Plan;
+use crate::postgres::Postgres;
 use crate::producer::Producer;
 use crate::report::{self, Leftovers, Soak};
 use crate::vendor::{self, Happened};
@@ -43,17 +44,12 @@ const RATE: u32 = 40;
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let plan = Plan::new(options.seed, options.commands.try_into()?);
     let topology = Topology::new(PREFIX);
-    let sandbox = Sandbox::start(SandboxOptions {
-        api_key: API_KEY.to_owned(),
-        speed: 0.0,
-        list_lag: vendor::LIST_LAG,
-        ..SandboxOptions::default()
-    })
-    .await
-    .context("the stand-in of ElevenLabs cannot listen")?;
-    if options.faults != Faults::None {
-        vendor::order(&sandbox, options.seed);
-    }
+    let sandbox = stand_in(options).await?;
+    let postgres = match &options.postgres {
+        Some(script) => Some(Postgres::start(script).await?),
+        None => None,
+    };
+    let ledger_url = postgres.as_ref().map(Postgres::url).or(options.ledger_url.as_deref());
     let node = Node::new(
         options.broker.clone(),
         options.rabbitmqctl.clone(),
@@ -69,15 +65,17 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         topology: &topology,
         sandbox: &sandbox,
         node: &node,
+        postgres: postgres.as_ref(),
+        ledger_url: ledger_url.context("there is no ledger")?,
     };
     let leftovers = soak.until_the_end().await?;
     node.end(Signal::KILL).await?;
+    if let Some(postgres) = postgres {
+        postgres.remove().await?;
+    }
 
-    let ids = plan.commands.iter().map(|command| &command.id);
-    let commands: HashMap<_, _> = ids.map(|id| (marker(id), id.clone())).collect();
-    let batches = sandbox.batches().into_iter();
-    let batches: Vec<Created> = batches.map(|batch| vendor::created(batch, &commands)).collect();
     let record = book.record();
+    let batches = created(&plan, &sandbox);
     let findings = judge::judge(&Evidence {
         commands: &plan.commands,
         confirmed: &record.confirmed,
@@ -92,6 +90,29 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     report::print(&soak, &findings, &happened)
 }
 
+async fn stand_in(options: &Options) -> anyhow::Result<Sandbox> {
+    let sandbox = Sandbox::start(SandboxOptions {
+        api_key: API_KEY.to_owned(),
+        // No batch ends by itself: one that is cancelled in the end was cancelled.
+        speed: 0.0,
+        list_lag: vendor::LIST_LAG,
+        ..SandboxOptions::default()
+    })
+    .await
+    .context("the stand-in of ElevenLabs cannot listen")?;
+    if options.faults != Faults::None {
+        vendor::order(&sandbox, options.seed);
+    }
+    Ok(sandbox)
+}
+
+fn created(plan: &Plan, sandbox: &Sandbox) -> Vec<Created> {
+    let ids = plan.commands.iter().map(|command| &command.id);
+    let commands: HashMap<_, _> = ids.map(|id| (marker(id), id.clone())).collect();
+    let batches = sandbox.batches().into_iter();
+    batches.map(|batch| vendor::created(batch, &commands)).collect()
+}
+
 /// What the phases of a soak need.
 struct Parts<'a> {
     options: &'a Options,
@@ -100,12 +121,27 @@ struct Parts<'a> {
     topology: &'a Topology,
     sandbox: &'a Sandbox,
     node: &'a Node,
+    postgres: Option<&'a Postgres>,
+    ledger_url: &'a str,
+}
+
+/// What the phases tell each other.
+#[derive(Default)]
+struct Signs {
+    /// Everything is answered: nothing is to go wrong any more…
+    calm: CancellationToken,
+    /// …and nothing does.
+    is_calm: CancellationToken,
+    /// No worker is left.
+    retired: CancellationToken,
+    /// The last result is in.
+    done: CancellationToken,
 }
 
 impl Parts<'_> {
     /// Everything that runs at the same time, until the last result is in; what is left then.
     async fn until_the_end(&self) -> anyhow::Result<Leftovers> {
-        let Self { options, plan, book, topology, sandbox, node } = *self;
+        let Self { options, book, topology, sandbox, node, postgres, .. } = *self;
         let url = options.amqp_url.as_str();
         let listener = Listener { book, topology, url, queue: RESULTS };
         listener.declare().await.context("nothing can be declared at the broker")?;
@@ -116,53 +152,54 @@ impl Parts<'_> {
             seed: options.seed.rotate_left(32),
         };
         let (crew, working) = Crew::new(options.workers, &settings, book);
-        let producer = Producer {
-            plan,
-            book,
-            topology,
-            url,
-            duration: SHORTEST.max(Duration::from_secs((options.commands / RATE).into())),
-            silence: SILENCE,
-        };
-        let seed = options.seed.rotate_left(16);
-        let chaos = Chaos { node, crew: &crew, sandbox, book, workers: options.workers, seed };
-
-        let [calm, is_calm, retired, done] = [(); 4].map(|()| CancellationToken::new());
-        let directing = async {
-            producer.publish_all().await?;
-            self.until_answered().await;
-            calm.cancel();
-            is_calm.cancelled().await;
-            sandbox.clear_faults();
-            self.until_empty(&self.command_queues()).await?;
-            crew.retire().await;
-            retired.cancelled().await;
-            // Once more those of commands: a worker's last canary leaves its delay queue by itself.
-            let queues = self.command_queues().into_iter().chain([RESULTS.to_owned()]);
-            self.until_empty(&queues.collect::<Vec<_>>()).await?;
-            let leftovers = self.leftovers().await?;
-            done.cancel();
-            Ok(leftovers)
-        };
+        let (seed, workers) = (options.seed.rotate_left(16), options.workers);
+        let chaos = Chaos { node, postgres, crew: &crew, sandbox, book, workers, seed };
+        let signs = Signs::default();
         let dealing = async {
             if options.faults == Faults::All {
-                chaos.deal(&calm).await?;
+                chaos.deal(&signs.calm).await?;
             }
-            is_calm.cancel();
+            signs.is_calm.cancel();
             Ok(())
         };
         let working = async {
             working.await?;
-            retired.cancel();
+            signs.retired.cancel();
             Ok(())
         };
         let (leftovers, (), (), (), ()) = tokio::try_join!(
-            directing,
+            self.direct(&crew, &signs),
             dealing,
             working,
-            listener.listen(&done),
-            self.tell_progress(&done)
+            listener.listen(&signs.done),
+            self.tell_progress(&signs.done)
         )?;
+        Ok(leftovers)
+    }
+
+    /// One phase after the other.
+    async fn direct(&self, crew: &Crew, signs: &Signs) -> anyhow::Result<Leftovers> {
+        let producer = Producer {
+            plan: self.plan,
+            book: self.book,
+            topology: self.topology,
+            url: &self.options.amqp_url,
+            duration: SHORTEST.max(Duration::from_secs((self.options.commands / RATE).into())),
+            silence: SILENCE,
+        };
+        producer.publish_all().await?;
+        self.until_answered().await;
+        signs.calm.cancel();
+        signs.is_calm.cancelled().await;
+        self.sandbox.clear_faults();
+        self.until_empty(&self.command_queues()).await?;
+        crew.retire().await;
+        signs.retired.cancelled().await;
+        // Once more those of commands: a worker's last canary leaves its delay queue by itself.
+        let queues = self.command_queues().into_iter().chain([RESULTS.to_owned()]);
+        self.until_empty(&queues.collect::<Vec<_>>()).await?;
+        let leftovers = self.leftovers().await?;
+        signs.done.cancel();
         Ok(leftovers)
     }
 
@@ -170,7 +207,7 @@ impl Parts<'_> {
         [
             ("AMQP_URL", self.options.amqp_url.as_str()),
             ("AMQP_PREFIX", PREFIX),
-            ("LEDGER_URL", &self.options.ledger_url),
+            ("LEDGER_URL", self.ledger_url),
             ("ELEVENLABS_BASE_URL", &self.sandbox.base_url()),
             ("ELEVENLABS_API_KEY", API_KEY),
             // Short, for silence of the vendor to cost a command seconds.
