@@ -38,7 +38,7 @@ pub struct Options {
     /// `script/private-postgres`: the workers remember their submits in a server of its, which fails too.
     #[arg(long, value_name = "FILE", conflicts_with = "ledger_url")]
     pub postgres: Option<PathBuf>,
-    /// An existing directory for the logs of workers and broker.
+    /// An existing directory for the logs of workers, broker and PostgreSQL.
     #[arg(long, value_name = "DIRECTORY")]
     pub logs: PathBuf,
 }

@@ -3,6 +3,7 @@
 //! `script/private-postgres` owns the server. It takes orders line by line, and ends with its standard
 //! input, which is closed when this process ends, however it does.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -38,12 +39,14 @@ pub enum End {
 }
 
 impl Postgres {
-    /// A server of the soak's own.
-    pub async fn start(script: &Path) -> anyhow::Result<Self> {
+    /// A server of the soak's own; the script's messages go to a file among the logs.
+    pub async fn start(script: &Path, logs: &Path) -> anyhow::Result<Self> {
+        let log = File::options().append(true).create(true).open(logs.join("postgres.log"))?;
         // Killed, the script could not remove what it made: it is left to end by itself.
         let mut script = Command::new(script)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(log)
             .spawn()
             .with_context(|| format!("cannot execute {}", script.display()))?;
         let orders = script.stdin.take().context("no way to give orders")?;
@@ -90,6 +93,7 @@ impl Talk {
 
     async fn answer(&mut self, limit: Duration) -> anyhow::Result<String> {
         let line = timeout(limit, self.answers.next_line()).await;
-        line.context("PostgreSQL does not get ready")??.context("PostgreSQL could not be started")
+        let line = line.context("PostgreSQL does not get ready")??;
+        line.context("PostgreSQL could not be started; see postgres.log")
     }
 }

@@ -46,7 +46,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let topology = Topology::new(PREFIX);
     let sandbox = stand_in(options).await?;
     let postgres = match &options.postgres {
-        Some(script) => Some(Postgres::start(script).await?),
+        Some(script) => Some(Postgres::start(script, &options.logs).await?),
         None => None,
     };
     let ledger_url = postgres.as_ref().map(Postgres::url).or(options.ledger_url.as_deref());
