@@ -131,18 +131,12 @@ async fn live(
     let born = Instant::now();
     let (mut retired, mut killed, mut stopping) = (false, false, None);
     loop {
-        let overdue = async {
-            match stopping {
-                Some(since) => sleep(STOP_LIMIT.saturating_sub(Instant::elapsed(&since))).await,
-                None => std::future::pending().await,
-            }
-        };
         let order = tokio::select! {
             status = child.wait() => {
                 book_end(book, status?, killed, stopping.is_some());
                 return Ok(retired);
             }
-            () = overdue => {
+            () = overdue(stopping) => {
                 book.count(STOPPED_BADLY);
                 child.kill().await.context("a worker cannot be killed")?;
                 return Ok(retired);
@@ -175,6 +169,14 @@ async fn live(
                 book.count(PAUSED);
             }
         }
+    }
+}
+
+/// Until a worker that is stopping since then should be gone.
+async fn overdue(stopping: Option<Instant>) {
+    match stopping {
+        Some(since) => sleep(STOP_LIMIT.saturating_sub(since.elapsed())).await,
+        None => std::future::pending().await,
     }
 }
 
