@@ -192,11 +192,11 @@ impl Parts<'_> {
         signs.calm.cancel();
         signs.is_calm.cancelled().await;
         self.sandbox.clear_faults();
-        self.until_empty(&self.command_queues()).await?;
+        self.until_empty(&command_queues(self.topology)).await?;
         crew.retire().await;
         signs.retired.cancelled().await;
         // Once more those of commands: a worker's last canary leaves its delay queue by itself.
-        let queues = self.command_queues().into_iter().chain([RESULTS.to_owned()]);
+        let queues = command_queues(self.topology).into_iter().chain([RESULTS.to_owned()]);
         self.until_empty(&queues.collect::<Vec<_>>()).await?;
         let leftovers = self.leftovers().await?;
         signs.done.cancel();
@@ -223,16 +223,6 @@ impl Parts<'_> {
         ]
         .map(|(name, value)| (name, value.to_owned()))
         .into()
-    }
-
-    /// Every queue in which a command may lie that is not answered yet.
-    fn command_queues(&self) -> Vec<String> {
-        let topology = self.topology;
-        let of_kind = |kind| [topology.queue(kind), topology.retry_queue(kind)];
-        let mut queues: Vec<_> = CommandKind::ALL.into_iter().flat_map(of_kind).collect();
-        queues.extend(Delay::ALL.map(|delay| topology.delay(delay)));
-        queues.push(topology.unknown());
-        queues
     }
 
     /// Until every command has a result, or there is silence.
@@ -264,7 +254,7 @@ impl Parts<'_> {
             queues.iter().filter(|(queue, _)| queue == name).map(|(_, messages)| messages).sum()
         };
         Ok(Leftovers {
-            commands: self.command_queues().iter().map(|queue| messages(queue)).sum(),
+            commands: command_queues(self.topology).iter().map(|queue| messages(queue)).sum(),
             dead_letters: messages(&self.topology.dead_letter()),
             unrouted: messages(&self.topology.unrouted()),
         })
@@ -279,5 +269,32 @@ impl Parts<'_> {
             }
             report::progress(self.book, self.plan, self.sandbox.batches().len())?;
         }
+    }
+}
+
+/// Every queue in which a command may lie that is not answered yet.
+fn command_queues(topology: &Topology) -> Vec<String> {
+    let of_kind = |kind| [topology.queue(kind), topology.retry_queue(kind)];
+    let mut queues: Vec<_> = CommandKind::ALL.into_iter().flat_map(of_kind).collect();
+    queues.extend(Delay::ALL.map(|delay| topology.delay(delay)));
+    queues.push(topology.unknown());
+    queues
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_queue_is_left_out() {
+        let topology = Topology::new(PREFIX);
+        let mut looked_at = command_queues(&topology);
+        looked_at.extend([topology.dead_letter(), topology.unrouted()]);
+        // A canary may stay in its own queue.
+        looked_at.push(topology.canary());
+        let mut all = topology.queue_names();
+        looked_at.sort();
+        all.sort();
+        assert_eq!(looked_at, all);
     }
 }

@@ -128,6 +128,25 @@ fn a_get_tells_of_the_batch_that_it_names() {
 }
 
 #[test]
+fn by_batch_id_it_is_the_batch_that_the_submit_was_answered_with() {
+    let two = [of_c(false), vec![batch("b2", Some("c"))]].concat();
+    let get = |target, batch_id| found(Asks::Get(target), done("b"), got(batch_id), &two);
+    let twice = Broken::DuplicateBatches;
+    assert_eq!(get(Target::BatchOf(0), "b"), [twice]);
+    assert_eq!(get(Target::BatchOf(0), "b2"), [twice, Broken::FalseSucceeded]);
+    assert_eq!(get(Target::Submit(0), "b2"), [twice]);
+}
+
+#[test]
+fn a_result_that_contradicts_itself_is_false() {
+    let get = || Asks::Get(Target::Submit(0));
+    let with_code = Answer { error_code: Some(NOT_FOUND.into()), ..got("b") };
+    assert_eq!(found(get(), done("b"), with_code, &of_c(false)), [Broken::FalseSucceeded]);
+    let says_yes = Answer { body: got("b").body, ..get_failed(NOT_FOUND) };
+    assert_eq!(found(get(), done("b"), says_yes, &of_c(false)), [Broken::FalseFailed]);
+}
+
+#[test]
 fn a_get_finds_nothing_only_before_the_result_or_without_a_batch() {
     let found = |target, c: Answer, late: bool, batches: &[Created]| -> Vec<Broken> {
         let answers = [("c".into(), vec![c]), ("x".into(), vec![get_failed(NOT_FOUND)])].into();
@@ -142,7 +161,10 @@ fn a_get_finds_nothing_only_before_the_result_or_without_a_batch() {
     };
     assert_eq!(found(Target::Submit(0), done("b"), false, &of_c(false)), []);
     assert_eq!(found(Target::Submit(0), done("b"), true, &of_c(false)), [Broken::FalseFailed]);
-    assert_eq!(found(Target::BatchOf(0), done("b"), true, &of_c(false)), [Broken::FalseFailed]);
+    for late in [false, true] {
+        let by_batch = found(Target::BatchOf(0), done("b"), late, &of_c(false));
+        assert_eq!(by_batch, [Broken::FalseFailed]);
+    }
     for target in BY_EITHER_ID {
         assert_eq!(found(target, failed(UNAVAILABLE), true, &[]), []);
     }
