@@ -24,7 +24,7 @@ const SLOW: Duration = Duration::from_secs(1);
 /// A connection of the vendor that breaks takes so many requests with it.
 const CUT: u32 = 6;
 
-/// Orders faults for every request until they are cleared: about one submit in nine meets one.
+/// Orders faults for every request until they are cleared: about one submit in eight meets one.
 pub fn order(sandbox: &Sandbox, seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     for (route, effects) in [
@@ -257,7 +257,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn about_one_submit_in_nine_meets_a_fault() {
+    fn about_one_submit_in_eight_meets_a_fault() {
         let sum: f64 = submit_faults().iter().map(|(_, probability)| probability).sum();
         assert!((0.10..0.13).contains(&sum), "{sum}");
     }

@@ -94,6 +94,17 @@ fn a_submit_is_cancelled_only_by_its_command_id_and_then_has_no_batch() {
     }
     let get = found(Asks::Get(Target::Submit(0)), struck(), get_failed(NOT_FOUND), &[]);
     assert_eq!(get, [Broken::FalseFailed]);
+    // It had its result before anybody asked.
+    let not_found = cancel_failed(NOT_FOUND);
+    let answers = [("c".into(), vec![struck()]), ("x".into(), vec![not_found])].into();
+    let evidence = Evidence {
+        commands: &commands(Asks::Cancel(Target::Submit(0))),
+        confirmed: &[true; 2],
+        late: &[false, true],
+        answers: &answers,
+        batches: &[],
+    };
+    assert_eq!(judge(&evidence).broken.into_keys().collect::<Vec<_>>(), [Broken::FalseFailed]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ const KIND: CommandKind = CommandKind::Submit;
 /// What the cancels by command id say of a submit.
 #[derive(Clone, Copy, Default)]
 struct Cancels {
-    /// There is one.
+    /// There is one that was sent before the submit had its result.
     asked: bool,
     /// «There is no batch of it», which holds from then on.
     denied: bool,
@@ -56,7 +56,7 @@ fn cancels(cases: &Cases, at: usize) -> Cancels {
     let mut cancels = Cancels::default();
     for cancel in &cases.cancels[at] {
         if matches!(cases.evidence.commands[*cancel].asks, Asks::Cancel(Target::Submit(_))) {
-            cancels.asked = true;
+            cancels.asked |= !cases.evidence.late[*cancel];
             cancels.denied |= cases.answers(*cancel).iter().any(|answer| answer.is(NOT_FOUND));
         }
     }
