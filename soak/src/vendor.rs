@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use call_manager::domain::command::COMMAND_ID_VARIABLE;
-use elevenlabs_sandbox::{Batch, BatchStatus, Effect, Fault, Reply, Request, Route, Sandbox};
+use elevenlabs_sandbox::{
+    Batch, BatchStatus, Effect, Fault, Reply, Request, Route, Sandbox, Unkind,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
@@ -90,6 +92,16 @@ fn read_faults() -> Vec<(Effect, f64)> {
     for status in [429, 500, 503] {
         faults.push((Effect::Status(Reply::new(status)), 0.01));
     }
+    // Right, and unkind.
+    let unkind = [
+        Unkind::Shuffled,
+        Unkind::Lagging(LIST_LAG),
+        Unkind::NamesNormalised,
+        Unkind::RecipientsLate(LIST_LAG / 5),
+        Unkind::ClockAhead(90),
+    ];
+    faults.extend(unkind.map(|unkind| (Effect::Unkind(unkind), 0.03)));
+    faults.push((Effect::ClosedWhenIdle, 0.02));
     faults
 }
 
@@ -153,7 +165,8 @@ impl Group {
 
     /// None for a request that was answered as it should be, if slowly.
     fn of(request: &Request) -> Option<Self> {
-        let fault = request.fault.as_deref().filter(|fault| *fault != "latency_ms")?;
+        let harmless = ["latency_ms", "unkind", "closed_when_idle"];
+        let fault = request.fault.as_deref().filter(|fault| !harmless.contains(fault))?;
         Some(match (request.route, fault, request.processed) {
             (Route::Submit, "status", false) => Self::Refused,
             (Route::Submit, "status", true) => Self::RefusedAndDone,
