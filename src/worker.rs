@@ -208,7 +208,10 @@ impl Worker {
         let mut worked_once = false;
         while !stop.is_cancelled() {
             let prefetch = if pace.is_careful { 1 } else { self.broker.prefetch };
-            let takes_fresh = || intake.takes(kind);
+            let takes_fresh = {
+                let intake = intake.clone();
+                move || intake.takes(kind)
+            };
             let opened = tokio::select! {
                 opened = broker::open(&self.broker, kind, prefetch, !worked_once, takes_fresh) => opened,
                 () = stop.cancelled() => break,

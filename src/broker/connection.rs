@@ -9,7 +9,9 @@ use lapin::options::{BasicQosOptions, ConfirmSelectOptions};
 use lapin::uri::AMQPUri;
 use lapin::{Channel, Connection, ConnectionProperties, ConnectionStatus, Event};
 use secrecy::ExposeSecret;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use url::{Host, Url};
 
@@ -53,52 +55,141 @@ pub async fn open(
     kind: CommandKind,
     prefetch: u16,
     is_first: bool,
-    takes_fresh: impl Fn() -> bool,
+    takes_fresh: impl Fn() -> bool + Send + Sync + 'static,
 ) -> Result<Generation, Error> {
     let uri = parse(settings.url.expose_secret())?;
     let at = address(&uri);
-    let opening = async {
-        let of = |error| Error::of(error, &at);
-        let names = [format!("{kind} consuming"), format!("{kind} publishing")];
-        let returned = Returned::default();
-        let consuming = connect(uri.clone(), &settings.tls, &names[0], Returned::default());
-        let publishing = connect(uri, &settings.tls, &names[1], returned.clone());
-        let (consuming, publishing) = tokio::try_join!(consuming, publishing).map_err(of)?;
-        let topology = Topology::new(&settings.prefix);
-        let place = Place { connection: &consuming, at: &at, kind: Some(kind), is_first };
-        let seen = if settings.declares_topology {
-            topology.declare_at(&place).await?
-        } else {
-            topology.check(&place).await?
-        };
-        let events = Events::of(&consuming, &publishing);
-        let beside = async {
-            let publisher = Arc::new(Publisher::new(publishing, &topology, returned).await?);
-            // lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
-            let receiving = async || {
-                let channel = consuming.create_channel().await?;
-                channel.basic_qos(prefetch, BasicQosOptions::default()).await.map(|()| channel)
-            };
-            let takes_unknown = kind == CommandKind::Get && seen.has(&topology.unknown());
-            let unknown = if takes_unknown { Some(receiving().await?) } else { None };
-            Ok((publisher, receiving().await?, unknown, consuming.create_channel().await?))
-        };
-        let (publisher, channel, unknown, asking) = beside.await.map_err(of)?;
-        let pulse = Pulse::new(kind, asking, Arc::clone(&publisher), topology.clone(), &seen);
-        // Last: what is delivered may end the connection.
-        let lane = Lane::open(kind, channel, unknown, &topology, takes_fresh()).await;
-        let lane = lane.map_err(|error| match of(error) {
-            Error::Connection { at, source } => {
-                Error::Delivering { at, kind, limit: DELIVERY_LIMIT, source }
-            }
-            error => error,
-        })?;
-        Ok(Generation { lane, flaws: seen.flaws, publisher, events, pulse, consuming })
-    };
-    match timeout(CONNECT_LIMIT, opening).await {
-        Ok(opened) => opened,
-        Err(_) => Err(Error::Silent { at: at.clone(), limit: CONNECT_LIMIT }),
+    let purpose = Purpose { kind, prefetch, is_first };
+    let abandoned = CancellationToken::new();
+    let building = build(settings.clone(), uri, purpose, takes_fresh, abandoned.clone());
+    let opened = Opening::start(building, abandoned).finish(CONNECT_LIMIT).await;
+    opened.unwrap_or(Err(Error::Silent { at, limit: CONNECT_LIMIT }))
+}
+
+/// What a generation is for.
+#[derive(Clone, Copy)]
+struct Purpose {
+    kind: CommandKind,
+    prefetch: u16,
+    is_first: bool,
+}
+
+/// A generation that is being built, in a task of its own. lapin keeps a connection that is dropped while
+/// its consumers begin, and with it what was delivered: so one that nobody waits for any more is closed
+/// in order once it is that far.
+struct Opening {
+    building: Option<JoinHandle<Result<Generation, Error>>>,
+    abandoned: CancellationToken,
+}
+
+impl Opening {
+    #[expect(clippy::disallowed_methods, reason = "its end is waited for, or sees to itself")]
+    fn start(
+        building: impl Future<Output = Result<Generation, Error>> + Send + 'static,
+        abandoned: CancellationToken,
+    ) -> Self {
+        Self { building: Some(tokio::spawn(building)), abandoned }
     }
+
+    /// `None` where it came to nothing in time.
+    async fn finish(mut self, limit: Duration) -> Option<Result<Generation, Error>> {
+        timeout(limit, self.building.as_mut()?).await.ok()?.ok()
+    }
+}
+
+impl Drop for Opening {
+    #[expect(clippy::disallowed_methods, reason = "the end of the process closes it as well")]
+    fn drop(&mut self) {
+        self.abandoned.cancel();
+        let building = self.building.take().filter(|building| !building.is_finished());
+        let Some(mut building) = building else { return };
+        tokio::spawn(async move {
+            match timeout(CALL_LIMIT, &mut building).await {
+                Ok(Ok(Ok(generation))) => generation.close().await,
+                Ok(_) => {}
+                // A broker that answers nothing misses its heartbeats.
+                Err(_) => building.abort(),
+            }
+        });
+    }
+}
+
+async fn build(
+    settings: Settings,
+    uri: AMQPUri,
+    purpose: Purpose,
+    takes_fresh: impl Fn() -> bool + Send + Sync,
+    abandoned: CancellationToken,
+) -> Result<Generation, Error> {
+    let at = address(&uri);
+    let Purpose { kind, .. } = purpose;
+    let prepared = tokio::select! {
+        prepared = prepare(&settings, uri, purpose) => prepared?,
+        () = abandoned.cancelled() => return Err(Error::Silent { at, limit: CONNECT_LIMIT }),
+    };
+    let Prepared { consuming, publisher, events, pulse, channel, unknown, flaws } = prepared;
+    let topology = Topology::new(&settings.prefix);
+    // Last: what is delivered may end the connection.
+    let lane = Lane::open(kind, channel, unknown, &topology, takes_fresh()).await;
+    let lane = lane.map_err(|error| match Error::of(error, &at) {
+        Error::Connection { at, source } => {
+            Error::Delivering { at, kind, limit: DELIVERY_LIMIT, source }
+        }
+        error => error,
+    })?;
+    Ok(Generation { lane, flaws, publisher, events, pulse, consuming })
+}
+
+/// Everything but what delivers.
+struct Prepared {
+    consuming: Connection,
+    publisher: Arc<Publisher>,
+    events: Events,
+    pulse: Pulse,
+    channel: Channel,
+    unknown: Option<Channel>,
+    flaws: Vec<Error>,
+}
+
+async fn prepare(
+    settings: &Settings,
+    uri: AMQPUri,
+    Purpose { kind, prefetch, is_first }: Purpose,
+) -> Result<Prepared, Error> {
+    let at = address(&uri);
+    let of = |error| Error::of(error, &at);
+    let names = [format!("{kind} consuming"), format!("{kind} publishing")];
+    let returned = Returned::default();
+    let consuming = connect(uri.clone(), &settings.tls, &names[0], Returned::default());
+    let publishing = connect(uri, &settings.tls, &names[1], returned.clone());
+    let (consuming, publishing) = tokio::try_join!(consuming, publishing).map_err(of)?;
+    let topology = Topology::new(&settings.prefix);
+    let place = Place { connection: &consuming, at: &at, kind: Some(kind), is_first };
+    let seen = if settings.declares_topology {
+        topology.declare_at(&place).await?
+    } else {
+        topology.check(&place).await?
+    };
+    let events = Events::of(&consuming, &publishing);
+    let publisher = Publisher::new(publishing, &topology, returned).await.map_err(of)?;
+    let publisher = Arc::new(publisher);
+    let takes_unknown = kind == CommandKind::Get && seen.has(&topology.unknown());
+    let unknown = if takes_unknown {
+        Some(receiving_channel(&consuming, prefetch).await.map_err(of)?)
+    } else {
+        None
+    };
+    let channel = receiving_channel(&consuming, prefetch).await.map_err(of)?;
+    let asking = consuming.create_channel().await.map_err(of)?;
+    let pulse = Pulse::new(kind, asking, Arc::clone(&publisher), topology, &seen);
+    Ok(Prepared { consuming, publisher, events, pulse, channel, unknown, flaws: seen.flaws })
+}
+
+/// lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.
+async fn receiving_channel(connection: &Connection, prefetch: u16) -> lapin::Result<Channel> {
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+    Ok(channel)
 }
 
 impl Generation {

@@ -146,3 +146,16 @@ async fn a_stop_while_the_broker_is_away_still_waits_for_the_request_under_way()
     assert_eq!(world.requests(Route::Submit), 1);
     world.finish().await;
 }
+
+#[tokio::test]
+async fn a_stop_while_lanes_are_being_built_leaves_no_consumer() {
+    for kind in CommandKind::ALL.into_iter().cycle().take(12) {
+        let mut world = World::without_worker().await;
+        world.run_worker(world.settings());
+        let queue = world.topology.queue(kind);
+        until("one lane consumes", async || world.queue(&queue).await.1 > 0).await;
+        world.stop_worker().await;
+        // It looks for consumers.
+        world.finish().await;
+    }
+}

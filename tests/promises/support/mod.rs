@@ -358,7 +358,8 @@ impl World {
         until("no canary is on its way", async || self.queue(&delay).await.0 == 0).await;
         for name in self.topology.queue_names().iter().filter(|name| !kept.contains(name)) {
             // What a consumer leaves unsettled returns in the step that removes the consumer.
-            until("the consumers are gone", async || self.queue(name).await.1 == 0).await;
+            let is_left = async || self.queue(name).await.1 == 0;
+            until(&format!("{name} has no consumer"), is_left).await;
             assert_eq!(self.queue(name).await.0, 0, "{name} is empty");
         }
         self.clean_up().await;
