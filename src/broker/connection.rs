@@ -74,9 +74,10 @@ struct Purpose {
     is_first: bool,
 }
 
-/// A generation that is being built, in a task of its own. lapin keeps a connection that is dropped while
-/// its consumers begin, and with it what was delivered: so one that nobody waits for any more is closed
-/// in order once it is that far.
+/// A generation that is being built, in a task of its own.
+///
+/// lapin keeps a connection that is dropped while its consumers begin, and with it what was delivered. So
+/// one that nobody waits for any more is closed in order, once it is that far.
 struct Opening {
     building: Option<JoinHandle<Result<Generation, Error>>>,
     abandoned: CancellationToken,
