@@ -83,7 +83,7 @@ struct Link {
     /// Cancelled by whoever notices that the generation is of no use any more.
     lost: CancellationToken,
     readiness: Readiness,
-    /// The next generation declares what is missing.
+    /// The next generation can declare what is missing.
     declares: bool,
 }
 
@@ -288,6 +288,8 @@ impl Worker {
     ) -> Option<String> {
         let lost = CancellationToken::new();
         let publisher = Arc::clone(&generation.publisher);
+        // What this one has found and could not mend, the next one cannot either.
+        let declares = self.broker.declares_topology && generation.flaws.is_empty();
         let (lane, events, pulse) = generation.parts();
         let kind = lane.kind;
         let link = Link {
@@ -300,7 +302,7 @@ impl Worker {
             },
             lost: lost.clone(),
             readiness: self.shared.readiness.clone(),
-            declares: self.broker.declares_topology,
+            declares,
         };
         let reason = {
             let mut receiving = pin!(self.receive(lane, &link, is_careful));

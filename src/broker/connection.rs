@@ -18,7 +18,7 @@ use url::{Host, Url};
 use crate::domain::command::CommandKind;
 
 use super::consumer::Lane;
-use super::declare::Place;
+use super::declare::{Place, Seen};
 use super::publisher::Publisher;
 use super::pulse::Pulse;
 use super::returned::Returned;
@@ -94,7 +94,9 @@ impl Opening {
 
     /// `None` where it came to nothing in time.
     async fn finish(mut self, limit: Duration) -> Option<Result<Generation, Error>> {
-        timeout(limit, self.building.as_mut()?).await.ok()?.ok()
+        let built = timeout(limit, self.building.as_mut()?).await.ok()?;
+        self.building = None;
+        built.ok()
     }
 }
 
@@ -102,14 +104,11 @@ impl Drop for Opening {
     #[expect(clippy::disallowed_methods, reason = "the end of the process closes it as well")]
     fn drop(&mut self) {
         self.abandoned.cancel();
-        let building = self.building.take().filter(|building| !building.is_finished());
-        let Some(mut building) = building else { return };
+        let Some(building) = self.building.take() else { return };
+        // It ends: a broker answers late, or misses its heartbeats.
         tokio::spawn(async move {
-            match timeout(CALL_LIMIT, &mut building).await {
-                Ok(Ok(Ok(generation))) => generation.close().await,
-                Ok(_) => {}
-                // A broker that answers nothing misses its heartbeats.
-                Err(_) => building.abort(),
+            if let Ok(Ok(generation)) = building.await {
+                generation.close().await;
             }
         });
     }
@@ -128,7 +127,7 @@ async fn build(
         prepared = prepare(&settings, uri, purpose) => prepared?,
         () = abandoned.cancelled() => return Err(Error::Silent { at, limit: CONNECT_LIMIT }),
     };
-    let Prepared { consuming, publisher, events, pulse, channel, unknown, flaws } = prepared;
+    let Prepared { consuming, publisher, events, asking, channel, unknown, seen } = prepared;
     let topology = Topology::new(&settings.prefix);
     // Last: what is delivered may end the connection.
     let lane = Lane::open(kind, channel, unknown, &topology, takes_fresh()).await;
@@ -138,7 +137,9 @@ async fn build(
         }
         error => error,
     })?;
-    Ok(Generation { lane, flaws, publisher, events, pulse, consuming })
+    let publishes = Arc::clone(&publisher);
+    let pulse = Pulse::new(kind, asking, publishes, topology, &seen, lane.takes_unknown());
+    Ok(Generation { lane, flaws: seen.flaws, publisher, events, pulse, consuming })
 }
 
 /// Everything but what delivers.
@@ -146,10 +147,10 @@ struct Prepared {
     consuming: Connection,
     publisher: Arc<Publisher>,
     events: Events,
-    pulse: Pulse,
+    asking: Channel,
     channel: Channel,
     unknown: Option<Channel>,
-    flaws: Vec<Error>,
+    seen: Seen,
 }
 
 async fn prepare(
@@ -182,8 +183,7 @@ async fn prepare(
     };
     let channel = receiving_channel(&consuming, prefetch).await.map_err(of)?;
     let asking = consuming.create_channel().await.map_err(of)?;
-    let pulse = Pulse::new(kind, asking, Arc::clone(&publisher), topology, &seen);
-    Ok(Prepared { consuming, publisher, events, pulse, channel, unknown, flaws: seen.flaws })
+    Ok(Prepared { consuming, publisher, events, asking, channel, unknown, seen })
 }
 
 /// lapin's buffer has no bound of its own: prefetch is the only one. It counts per consumer.

@@ -9,11 +9,10 @@ use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
     QueueDeclareOptions,
 };
-use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Consumer};
 use tokio::time::timeout;
-use tracing::{debug, info};
+use tracing::{debug, warn};
 
 use crate::domain::command::{CommandKind, CommandMessage};
 
@@ -21,7 +20,7 @@ use super::headers::{
     earlier, expires_at, header, is_of_one_delivery, number, present, refused_headers, shown, text,
 };
 use super::topology::Topology;
-use super::{CALL_LIMIT, PERSISTENT, refused};
+use super::{CALL_LIMIT, PERSISTENT};
 
 /// W3C Trace Context, 3.2: 55 bytes in version 00, and a little more room for later ones.
 const TRACEPARENT_BYTES: usize = 128;
@@ -93,6 +92,11 @@ impl Lane {
         }
     }
 
+    /// Whether it takes what has a routing key that names no command.
+    pub(super) fn takes_unknown(&self) -> bool {
+        self.unknown.is_some()
+    }
+
     /// Whether fresh commands stay in their queue.
     pub fn is_resting(&self) -> bool {
         self.fresh.is_none()
@@ -102,7 +106,7 @@ impl Lane {
     /// says why that cannot be.
     pub async fn rest(&mut self) -> Result<(), String> {
         match self.fresh.take() {
-            Some(consumer) => self.give_up(consumer).await,
+            Some(consumer) => self.give_up(&self.channel, consumer).await,
             None => Ok(()),
         }
     }
@@ -122,17 +126,14 @@ impl Lane {
     /// Goes on with more commands in hand at a time: what was received and not yet taken goes back, and
     /// is delivered again. `Err` says why that cannot be.
     pub async fn widen(&mut self, prefetch: u16) -> Result<(), String> {
-        let qos = self.channel.basic_qos(prefetch, BasicQosOptions::default());
-        let consuming = async {
-            qos.await?;
-            consume(&self.channel, &self.retry).await
-        };
-        let returned = match timeout(CALL_LIMIT, consuming).await {
-            Ok(consumer) => consumer.map_err(|error| error.to_string())?,
-            Err(_) => return Err(format!("the broker is silent about the {} queue", self.kind)),
-        };
+        let returned = self.consume_more(&self.channel, &self.retry, prefetch).await?;
         let former = std::mem::replace(&mut self.returned, returned);
-        self.give_up(former).await?;
+        self.give_up(&self.channel, former).await?;
+        if let Some((channel, former)) = self.unknown.take() {
+            let consumer = self.consume_more(&channel, &self.topology.unknown(), prefetch).await?;
+            self.give_up(&channel, former).await?;
+            self.unknown = Some((channel, consumer));
+        }
         if self.is_resting() {
             return Ok(());
         }
@@ -146,7 +147,27 @@ impl Lane {
         // What is not given back returns when the channel ends, a moment later.
         self.rest().await.ok();
         let returned = self.returned.clone();
-        self.give_up(returned).await.ok();
+        self.give_up(&self.channel, returned).await.ok();
+        if let Some((channel, consumer)) = &self.unknown {
+            self.give_up(channel, consumer.clone()).await.ok();
+        }
+    }
+
+    /// One more consumer of a queue, with this limit.
+    async fn consume_more(
+        &self,
+        channel: &Channel,
+        queue: &str,
+        prefetch: u16,
+    ) -> Result<Consumer, String> {
+        let consuming = async {
+            channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+            consume(channel, queue).await
+        };
+        match timeout(CALL_LIMIT, consuming).await {
+            Ok(consumer) => consumer.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("the broker is silent about the queue {queue}")),
+        }
     }
 
     /// Waits until the broker has all that was acknowledged. A quorum queue that is behind leaves some of
@@ -154,17 +175,19 @@ impl Lane {
     pub(super) async fn flush(&self) -> lapin::Result<()> {
         // When the first answer comes, the queue has caught up and gets the rest; when the second
         // does, it has it.
-        for queue in [&self.queue, &self.retry, &self.queue, &self.retry] {
+        let unknown = self.topology.unknown();
+        let other = self.unknown.iter().map(|(channel, _)| (channel, &unknown));
+        let queues = [(&self.channel, &self.queue), (&self.channel, &self.retry)];
+        let queues: Vec<_> = queues.into_iter().chain(other).collect();
+        for (channel, queue) in queues.iter().chain(&queues) {
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            self.channel
-                .queue_declare(queue.as_str().into(), passive, FieldTable::default())
-                .await?;
+            channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await?;
         }
         Ok(())
     }
 
-    async fn give_up(&self, mut consumer: Consumer) -> Result<(), String> {
-        let cancel = self.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+    async fn give_up(&self, channel: &Channel, mut consumer: Consumer) -> Result<(), String> {
+        let cancel = channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
         match timeout(CALL_LIMIT, cancel).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(error.to_string()),
@@ -184,15 +207,15 @@ async fn consume(channel: &Channel, queue: &str) -> lapin::Result<Consumer> {
     channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await
 }
 
-/// `None` where the user has no right to it: it can be done without.
+/// `None` where it is not to be had, for want of a right or of the queue: it can be done without.
 async fn consume_unknown(
     channel: Channel,
     queue: &str,
 ) -> lapin::Result<Option<(Channel, Consumer)>> {
     match consume(&channel, queue).await {
         Ok(consumer) => Ok(Some((channel, consumer))),
-        Err(error) if refused(&error, AMQPSoftError::ACCESSREFUSED) => {
-            info!(reason = error.to_string(), "what lies in {queue} is not answered");
+        Err(error) if error.is_amqp_soft_error() => {
+            warn!(reason = error.to_string(), "what lies in {queue} is not answered");
             Ok(None)
         }
         Err(error) => Err(error),

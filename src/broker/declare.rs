@@ -244,7 +244,12 @@ impl Topology {
             Ok(()) => channel.close(200, "seen".into()).await.map(|()| true),
             Err(error) if refused(&error, AMQPSoftError::NOTFOUND) => {
                 let reason = error.to_string();
-                warn!(reason, "{}; until then, {}", self.advice(), new.lost);
+                warn!(
+                    reason,
+                    "the topology is that of a former version: {}. Until then, {}",
+                    new.how,
+                    new.lost
+                );
                 Ok(false)
             }
             Err(error) if refused(&error, AMQPSoftError::ACCESSREFUSED) => {
@@ -284,8 +289,9 @@ impl Topology {
             };
             if self.is_former_retry(&exchange, &error) {
                 warn!(
-                    "{}; until then, who may publish to the exchange {} can pass for the worker",
-                    self.advice(),
+                    "the topology is that of a former version: {}. Until then, who may publish to the \
+                     exchange {} can pass for the worker",
+                    self.how_to_replace_retry(),
                     exchange.name
                 );
             } else if self.is_former_commands(&exchange, &error) {
@@ -323,15 +329,6 @@ impl Topology {
         name == self.queue(kind) || name == self.retry_queue(kind)
     }
 
-    fn advice(&self) -> String {
-        format!(
-            "the topology is that of a former version, and works as it did: delete the exchange {} \
-             and import what `call-manager topology` prints, at once, or start one worker with \
-             TOPOLOGY=declare",
-            self.retry_exchange()
-        )
-    }
-
     /// Whether an exchange was refused because the former version's is there: not internal.
     fn is_former_retry(&self, exchange: &Exchange, error: &lapin::Error) -> bool {
         exchange.name == self.retry_exchange()
@@ -345,7 +342,9 @@ impl Topology {
         exchange.name == self.commands_exchange()
             && refused(error, AMQPSoftError::PRECONDITIONFAILED)
             && reason.contains("'alternate-exchange'")
-            && reason.contains("current is none")
+            // RabbitMQ cuts what it says after 252 bytes, and this stands at the end.
+            && !reason.contains("current is the value")
+            && (reason.contains("current is none") || reason.contains("..."))
     }
 }
 

@@ -64,8 +64,9 @@ pub enum PublishError {
     },
     /// No queue takes the result, and the queue of those is gone.
     #[error(
-        "no queue takes the result, and {unrouted}, which keeps such results, is gone: start a worker with \
-         TOPOLOGY=declare, or import the topology again"
+        "no queue takes the result, and {unrouted}, which keeps such results, is gone or the results exchange \
+         has no alternate exchange that leads there: start a worker with TOPOLOGY=declare, or import the \
+         topology again"
     )]
     Unheard {
         /// The name of that queue.

@@ -28,6 +28,8 @@ pub struct Pulse {
     canary: Option<Mutex<Canary>>,
     /// There is a queue of what has a routing key that names no command.
     has_unknown: bool,
+    /// The lane consumes it.
+    takes_unknown: bool,
 }
 
 impl Pulse {
@@ -37,10 +39,11 @@ impl Pulse {
         publisher: Arc<Publisher>,
         topology: Topology,
         seen: &Seen,
+        takes_unknown: bool,
     ) -> Self {
         let canary = seen.has(&topology.canary()).then(Mutex::default);
         let has_unknown = seen.has(&topology.unknown());
-        Self { kind, channel, publisher, topology, canary, has_unknown }
+        Self { kind, channel, publisher, topology, canary, has_unknown, takes_unknown }
     }
 
     /// Whether the publisher gets its confirms and the lane's queues exist; returns those that should
@@ -48,10 +51,12 @@ impl Pulse {
     pub async fn check(&self, takes_fresh: bool) -> Result<Vec<String>, String> {
         self.publish().await?;
         let mut unconsumed = Vec::new();
-        for (name, is_consumed) in [
+        let unknown = self.takes_unknown.then(|| (self.topology.unknown(), true));
+        let own = [
             (self.topology.retry_queue(self.kind), true),
             (self.topology.queue(self.kind), takes_fresh),
-        ] {
+        ];
+        for (name, is_consumed) in own.into_iter().chain(unknown) {
             let queue = self.look(&name).await?;
             if is_consumed && queue.consumer_count() == 0 {
                 unconsumed.push(name);

@@ -57,6 +57,8 @@ pub(super) struct Queue {
 /// What a former version did not have, under these names. The rest is for a person.
 pub(super) struct New {
     pub names: Vec<String>,
+    /// What to do where it is not there.
+    pub how: String,
     /// What it costs that it is not there.
     pub lost: &'static str,
     /// What it costs that the worker has no right to it.
@@ -169,15 +171,29 @@ impl Topology {
         [
             New {
                 names: vec![self.stray(), self.canary()],
+                how: self.how_to_replace_retry(),
                 lost: "what is no command may block the delay queues",
                 unseen: "nobody watches whether the delay queues let commands out",
             },
             New {
                 names: vec![self.unknown()],
+                how: format!(
+                    "import what `call-manager topology` prints, give {} the policy that the README \
+                     names, and restart the workers; or start one worker with TOPOLOGY=declare",
+                    self.commands_exchange()
+                ),
                 lost: "what has a routing key that names no command is dropped, and nobody told",
                 unseen: "what has a routing key that names no command is not answered",
             },
         ]
+    }
+
+    pub(super) fn how_to_replace_retry(&self) -> String {
+        format!(
+            "delete the exchange {} and import what `call-manager topology` prints, at once, or start one \
+             worker with TOPOLOGY=declare",
+            self.retry_exchange()
+        )
     }
 
     /// No queue has this name: what is published to it tells only whether the broker confirms.

@@ -36,7 +36,7 @@ impl Lately {
             return;
         }
         if self.by_batch.len() >= REMEMBERED {
-            self.by_batch.retain(|_, shown| shown.last.elapsed() < KEPT);
+            self.by_batch.retain(|_, shown| now.duration_since(shown.last) < KEPT);
         }
         if self.by_batch.len() < REMEMBERED {
             let agent_id = Arc::clone(agent_id);

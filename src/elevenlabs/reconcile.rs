@@ -202,8 +202,8 @@ impl Finder {
             for (listed, _) in &batches {
                 order.note(listed);
                 shown.insert(listed.id.clone());
-                self.lately().note(&agent, listed);
             }
+            self.note_shown(looks, &agent, &batches);
             // One page that is too old as a whole ends a look, where the newest came first so far.
             for look in looks.iter_mut().filter(|_| order.is_newest_first()) {
                 let since = look.since.saturating_sub(DAY);
@@ -220,6 +220,17 @@ impl Finder {
         }
         self.compare(looks, agent_id, &shown, began);
         Ok(())
+    }
+
+    /// Those that a later reading can be compared with: older ones are none of its business.
+    fn note_shown(&self, looks: &[Look], agent_id: &Arc<str>, page: &[(Listed, &RawValue)]) {
+        let since = looks.iter().map(|look| look.since).min();
+        let mut lately = self.lately();
+        for (listed, _) in page {
+            if listed.created_at() >= since {
+                lately.note(agent_id, listed);
+            }
+        }
     }
 
     /// A reading that leaves out what one before it has shown may leave out any other batch as well.

@@ -37,6 +37,9 @@ impl Worker {
             }
             if !intake.takes(CommandKind::Submit) {
                 taken_since = Instant::now();
+            }
+            // What is to be cancelled waits for no credits.
+            if !intake.takes(CommandKind::Cancel) {
                 continue;
             }
             // Copies lie in the queues of submits as long as their lane does not consume.

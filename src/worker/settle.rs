@@ -84,6 +84,11 @@ pub async fn settle(
     if is_recorded {
         shared.handler.published(&event.command_id).await;
     }
+    tell(&event, started);
+}
+
+/// The one log line of a command.
+fn tell(event: &ResultEvent, started: Instant) {
     if event.kind.is_none() {
         let command_id = &event.command_id;
         warn!(command_id, "the routing key names no command; its result says which there are");
@@ -102,6 +107,10 @@ pub async fn settle(
 
 /// Executes it, unless it came back too often.
 async fn handled(shared: &Shared, message: &Arc<CommandMessage>, link: &Link) -> Handled {
+    // It is refused unread, and a copy of it would have a command's routing key.
+    if message.named().is_none() {
+        return shared.handler.handle(Arc::clone(message), &link.stopping).await;
+    }
     let set_aside = |deliveries| {
         let earlier = message.earlier.set_aside(deliveries);
         Handled::Deferred { wait: Duration::ZERO, earlier }

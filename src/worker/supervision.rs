@@ -81,7 +81,8 @@ impl Worker {
 
     /// Whether no submit is in this worker's hands or in a queue.
     async fn no_submit_waits(&self, pulse: &Pulse) -> bool {
-        let is_idle = || self.is_idle(CommandKind::Submit);
+        // The lane of gets executes those that came by way of the unknown.
+        let is_idle = || self.is_idle(CommandKind::Submit) && self.is_idle(CommandKind::Get);
         // Asked twice: one may have been delivered while the broker was asked.
         is_idle() && pulse.waiting_submits().await == Ok(0) && is_idle()
     }

@@ -1,14 +1,16 @@
 //! While ElevenLabs refuses submits because of the account, they wait; gets and cancels go on.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::{BatchStatus, Effect, Fault, Reply, Route};
+use lapin::types::AMQPValue;
 use serde_json::json;
 
 use crate::process::Process;
-use crate::support::{World, submit_body, until, with_id};
+use crate::support::wait::until_within;
+use crate::support::{World, submit_body, until, with_header, with_id};
 
 const SUBMIT: CommandKind = CommandKind::Submit;
 
@@ -165,6 +167,41 @@ async fn a_submit_that_waits_for_the_account_can_be_cancelled_in_advance() {
     }
     assert!(world.sandbox.batches().is_empty());
     world.finish().await;
+}
+
+/// A batch that was cancelled while its submit was under way, and whose cancel failed.
+#[tokio::test]
+async fn what_is_still_to_be_cancelled_waits_for_no_credits() {
+    let mut world = World::without_worker().await;
+    let patient = [("ELEVENLABS_TIMEOUT", "5s")];
+    let worker = Process::consuming(&world, &world.ledger_url(), &patient).await;
+    world.sandbox.order(Fault::on(Route::Submit, Effect::Latency(Duration::from_secs(2))));
+    world.sandbox.order(Fault::on(Route::Submit, refusal(402, "payment_required")).until_cleared());
+    // Until the cancel's own time is over.
+    world.sandbox.order(Fault::on(Route::Cancel, Effect::Status(Reply::new(503))).times(7));
+    publish(&world, "m").await;
+    until("it is at ElevenLabs", async || world.requests(Route::Submit) == 1).await;
+    let over = SystemTime::now() + Duration::from_secs(4);
+    let over = over.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let over = AMQPValue::LongLongInt(over.try_into().unwrap());
+    let cancel = json!({"command_id": "m"}).to_string();
+    let properties = with_header("cancel", "not_after", over);
+    world.publish(CommandKind::Cancel, cancel.as_bytes(), properties).await;
+    for _ in 0..2 {
+        let result = world.next_result().await;
+        let is_submit = result.command_id() == "m";
+        assert_eq!(result.code(), if is_submit { "200" } else { "500 outcome_unknown" });
+    }
+    publish(&world, "n").await;
+    until_held(&worker).await;
+    let status = || world.sandbox.batches()[0].status;
+    assert_ne!(status(), BatchStatus::Cancelled, "nothing has cancelled it yet");
+    let limit = Duration::from_secs(60);
+    until_within(limit, "it is cancelled", async || status() == BatchStatus::Cancelled).await;
+    until_held(&worker).await;
+    worker.stop().await;
+    // The other submit still waits.
+    world.clean_up().await;
 }
 
 #[tokio::test]

@@ -6,8 +6,8 @@ use call_manager::domain::command::CommandKind;
 use elevenlabs_sandbox::Route;
 use futures_util::StreamExt as _;
 use lapin::options::{
-    BasicGetOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
-    QueueDeleteOptions,
+    BasicGetOptions, BasicNackOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
+    QueueBindOptions, QueueDeleteOptions,
 };
 use lapin::types::FieldTable;
 use lapin::{Consumer, ExchangeKind};
@@ -69,6 +69,24 @@ async fn a_routing_key_that_names_no_command_is_answered() {
     publish_under(&world, &SUBMIT.routing_key(), "m").await;
     assert_eq!(world.next_result().await.code(), "200");
     assert_eq!(world.requests(Route::Submit), 1);
+    world.finish().await;
+}
+
+/// It is never executed, so it is no poison; and a copy of it would be a get's.
+#[tokio::test]
+async fn an_unknown_command_that_came_back_often_is_refused_all_the_same() {
+    let mut world = World::without_worker().await;
+    publish_under(&world, "batch-calling.cancle", "m").await;
+    let queue = world.topology.unknown();
+    for _ in 0..25 {
+        let got = world.channel.basic_get(queue.as_str().into(), BasicGetOptions::default());
+        let got = got.await.unwrap().expect("it is there");
+        let requeue = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+        assert!(got.delivery.acker.nack(requeue).await.unwrap());
+        until("it is back", async || world.queue(&queue).await.0 == 1).await;
+    }
+    world.start_worker(|_| {}).await;
+    is_refused(&world.next_result().await, "batch-calling.cancle");
     world.finish().await;
 }
 
