@@ -217,6 +217,19 @@ mod tests {
     }
 
     #[test]
+    fn only_a_longer_time_is_news_while_it_is_open() {
+        let breaker = Breaker::default();
+        breaker.record(&failed(429, Some(100)));
+        let mut watch = breaker.watch();
+        watch.mark_unchanged();
+        breaker.record(&failed(503, Some(3)));
+        breaker.record(&failed(503, None));
+        assert!(!watch.has_changed().unwrap());
+        breaker.record(&failed(503, Some(200)));
+        assert!(watch.has_changed().unwrap());
+    }
+
+    #[test]
     fn cancels_that_fail_half_open_do_not_keep_it_open_but_a_time_that_is_asked_for_does() {
         let breaker = Breaker::default();
         breaker.half_open();

@@ -254,6 +254,65 @@ mod tests {
 
     use super::*;
 
+    fn answered(status: u16, body: &str) -> Error {
+        let mut headers = HeaderMap::new();
+        headers.insert("request-id", HeaderValue::from_static("r-1"));
+        let class = Class::of_status(status).expect("it is no success");
+        let words = Words::new("a key of some length".into());
+        Error::of_answer(class, status, &headers, body.as_bytes(), &words)
+    }
+
+    #[test]
+    fn an_answer_is_classed_by_its_status_its_form_and_its_code() {
+        let own = r#"{"detail":{"code":"a_code","message":"Words."}}"#;
+        let unpaid = r#"{"detail":{"code":"quota_exceeded","message":"Words."}}"#;
+        let page = "<html>";
+        for (status, body, class) in [
+            (400, own, Class::Refused),
+            (404, own, Class::Refused),
+            (422, own, Class::Refused),
+            (401, own, Class::Unauthorized),
+            (403, own, Class::Unauthorized),
+            (402, own, Class::Account),
+            (400, unpaid, Class::Account),
+            (403, unpaid, Class::Account),
+            (429, unpaid, Class::Account),
+            (429, own, Class::RateLimited),
+            (400, page, Class::Unknown),
+            (402, page, Class::Unknown),
+            (403, page, Class::Unknown),
+            (429, page, Class::Unknown),
+            (302, own, Class::Unknown),
+            (408, own, Class::Unknown),
+            (409, unpaid, Class::Unknown),
+            (425, own, Class::Unknown),
+            (500, unpaid, Class::Unknown),
+        ] {
+            let error = answered(status, body);
+            assert_eq!(error.class(), class, "HTTP {status} {body}");
+            assert_eq!(error.request_id(), Some("r-1"), "HTTP {status} {body}");
+        }
+        assert_eq!(Class::of_status(200), None);
+        assert_eq!(Error::too_slow().request_id(), None);
+    }
+
+    #[test]
+    fn what_has_ended_is_refused_with_its_own_status_where_that_speaks_of_it() {
+        let own = r#"{"detail":{"code":"a_code","message":"Words."}}"#;
+        let refused =
+            [(400, 400), (422, 422), (401, 409), (403, 409), (404, 409), (402, 409), (409, 409)];
+        for (status, expected) in refused {
+            match answered(status, own).of_ended("completed") {
+                Error::Refused { status: told, message, .. } => {
+                    assert_eq!(told, expected, "HTTP {status}");
+                    assert_eq!(message, "Words (the batch is completed)");
+                }
+                other => panic!("HTTP {status}: {other:?}"),
+            }
+        }
+        assert_eq!(answered(429, own).of_ended("completed").class(), Class::RateLimited);
+    }
+
     fn after(value: &str, now: SystemTime) -> Option<Duration> {
         let mut headers = HeaderMap::new();
         headers.insert(RETRY_AFTER, HeaderValue::from_str(value).unwrap());

@@ -72,8 +72,8 @@ async fn consumer_gone(nth: usize) {
     trial.finish().await;
 }
 
-/// One for each kind of command, and one for those that come back.
-const CONSUMERS: usize = 6;
+/// One for each kind of command, one for those of it that come back, and one for the unknown.
+const CONSUMERS: usize = 7;
 
 #[tokio::test]
 async fn a_consumer_that_ends_without_a_word_is_missed_whichever_it_is() {
