@@ -45,21 +45,22 @@ impl Lately {
         }
     }
 
-    /// Of the batches of the agent that were created since then: whether one is not among these, and was
-    /// shown before the reading began.
-    pub(super) fn lacks(
+    /// When the newest batch of the agent was created that is not among these, and was shown before the
+    /// reading began.
+    pub(super) fn newest_left_out(
         &self,
-        (agent_id, since): (&str, i64),
+        agent_id: &str,
         read: &HashSet<String>,
         began: Instant,
-    ) -> bool {
-        self.by_batch.iter().any(|(batch_id, shown)| {
+    ) -> Option<i64> {
+        let now = Instant::now();
+        let left_out = self.by_batch.iter().filter(|(batch_id, shown)| {
             *shown.agent_id == *agent_id
-                && shown.created_at >= since
                 && shown.first < began
-                && shown.last.elapsed() < KEPT
-                && !read.contains(&**batch_id)
-        })
+                && now.duration_since(shown.last) < KEPT
+                && !read.contains(&***batch_id)
+        });
+        left_out.map(|(_, shown)| shown.created_at).max()
     }
 }
 
@@ -84,13 +85,11 @@ mod tests {
         let began = Instant::now();
         lately.note(&agent, &listed("new", 200));
         let read = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<HashSet<_>>();
-        assert!(lately.lacks(("a", BEGIN + 100), &read(&["old"]), began));
-        assert!(
-            !lately.lacks(("a", BEGIN + 100), &read(&["b"]), began),
-            "what is new came meanwhile"
-        );
-        assert!(lately.lacks(("a", 0), &read(&["b"]), began), "it is read as far back");
-        assert!(!lately.lacks(("other", 0), &read(&[]), began));
+        let left_out = |agent, ids: &[&str]| lately.newest_left_out(agent, &read(ids), began);
+        assert_eq!(left_out("a", &["old"]), Some(BEGIN + 100), "what is new came meanwhile");
+        assert_eq!(left_out("a", &["b"]), Some(BEGIN + 10), "older than some looks go back");
+        assert_eq!(left_out("a", &["b", "old"]), None);
+        assert_eq!(left_out("other", &[]), None);
     }
 
     #[test]
@@ -100,6 +99,6 @@ mod tests {
         for shown in lately.by_batch.values_mut() {
             shown.last = shown.last.checked_sub(KEPT).expect("the clock goes back so far");
         }
-        assert!(!lately.lacks(("a", 0), &HashSet::new(), Instant::now()));
+        assert_eq!(lately.newest_left_out("a", &HashSet::new(), Instant::now()), None);
     }
 }

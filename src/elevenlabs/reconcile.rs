@@ -235,11 +235,10 @@ impl Finder {
 
     /// A reading that leaves out what one before it has shown may leave out any other batch as well.
     fn compare(&self, looks: &mut [Look], agent_id: &str, shown: &HashSet<String>, began: Instant) {
-        for look in looks {
-            if self.lately().lacks((agent_id, look.since), shown, began) {
-                let error = Error::unreadable("it leaves out a batch that it has shown before");
-                look.inconclusive = Some(Arc::new(error));
-            }
+        let Some(newest) = self.lately().newest_left_out(agent_id, shown, began) else { return };
+        for look in looks.iter_mut().filter(|look| look.since <= newest) {
+            let error = Error::unreadable("it leaves out a batch that it has shown before");
+            look.inconclusive = Some(Arc::new(error));
         }
     }
 
