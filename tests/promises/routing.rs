@@ -7,7 +7,7 @@ use elevenlabs_sandbox::Route;
 use futures_util::StreamExt as _;
 use lapin::options::{
     BasicGetOptions, BasicNackOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
-    QueueBindOptions, QueueDeleteOptions,
+    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::FieldTable;
 use lapin::{Consumer, ExchangeKind};
@@ -39,6 +39,14 @@ async fn bind(world: &World, queue: &str, exchange: &str, key: &str) {
 async fn delete(world: &World, queue: &str) {
     let deleted = world.channel.queue_delete(queue.into(), QueueDeleteOptions::default());
     deleted.await.unwrap();
+}
+
+/// Of a queue, if it is there.
+async fn consumers(world: &World, queue: &str) -> Option<u32> {
+    let channel = world.connection.create_channel().await.unwrap();
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(queue.into(), passive, FieldTable::default()).await;
+    declared.ok().map(|queue| queue.consumer_count())
 }
 
 fn is_refused(result: &Received, key: &str) {
@@ -96,17 +104,7 @@ async fn the_queue_of_unknown_commands_is_declared_again_and_taken_from() {
     let mut world = World::start().await;
     let unknown = world.topology.unknown();
     delete(&world, &unknown).await;
-    let channel = async || world.connection.create_channel().await.unwrap();
-    until("it is taken from again", async || {
-        let passive = lapin::options::QueueDeclareOptions {
-            passive: true,
-            ..lapin::options::QueueDeclareOptions::default()
-        };
-        let none = FieldTable::default();
-        let declared = channel().await.queue_declare(unknown.as_str().into(), passive, none).await;
-        declared.is_ok_and(|queue| queue.consumer_count() == 1)
-    })
-    .await;
+    until("it is taken from again", async || consumers(&world, &unknown).await == Some(1)).await;
     publish_under(&world, "typo", "m").await;
     is_refused(&world.next_result().await, "typo");
     world.finish().await;
@@ -256,16 +254,7 @@ async fn a_worker_that_declares_makes_the_queue_of_unheard_results_again() {
     delete(&world, &world.topology.unrouted()).await;
     publish_under(&world, &SUBMIT.routing_key(), "m").await;
     let unrouted = world.topology.unrouted();
-    until("it is declared again", async || {
-        let channel = world.connection.create_channel().await.unwrap();
-        let options = lapin::options::QueueDeclareOptions {
-            passive: true,
-            ..lapin::options::QueueDeclareOptions::default()
-        };
-        let none = FieldTable::default();
-        channel.queue_declare(unrouted.as_str().into(), options, none).await.is_ok()
-    })
-    .await;
+    until("it is declared again", async || consumers(&world, &unrouted).await.is_some()).await;
     assert_eq!(unheard(&world, 1).await, HashSet::from(["m".to_owned()]));
     assert_eq!(world.requests(Route::Submit), 1);
     world.finish().await;
